@@ -1,0 +1,32 @@
+"""A strategy in one file: at every step a coin decides between the best token and the second best.
+
+encdec generate --plugin coin.py --strategy coin,bias=0.9 < in.txt
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from encdec_cli.decoding.draw import streams, uniform
+from encdec_cli.decoding.frontier import Walk, ruled
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
+from encdec_cli.decoding.rules import Rule
+from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.registry import strategies
+
+
+@strategies.register("coin")
+@dataclass(kw_only=True)
+class Coin(Strategy):
+    """Take the best token with probability `bias`, else the second best; one output a sentence."""
+
+    bias: float = 0.5
+
+    def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
+        """Return one output for each sentence."""
+        walk = Walk(stepper, limits)
+        coins = streams(1, stepper.keys, self.beam, stepper.device)
+        while not walk.done:
+            log_probs, tokens = ruled(walk.step(), rules, walk.tokens).top(2)
+            side = (uniform(coins[walk.origin], walk.written) >= self.bias).long()[:, None]
+            walk.move(tokens.gather(1, side)[:, 0], log_probs.gather(1, side)[:, 0])
+        return walk.best()

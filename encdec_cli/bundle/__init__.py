@@ -1,0 +1,1 @@
+"""Model folders, checkpoints, and other programs' formats."""

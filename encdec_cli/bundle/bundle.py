@@ -1,0 +1,146 @@
+"""A model folder: weights, recipe, tokenizers; everything needed to use a model, and nothing to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encdec_cli import __version__, atomic
+from encdec_cli.bundle import tensors
+from encdec_cli.errors import BundleError, EncdecError, UsageError
+from encdec_cli.models.model import Model
+from encdec_cli.recipe import Recipe, from_resolved, resolved
+from encdec_cli.registry import Plugin
+from encdec_cli.tasks.task import Task
+from encdec_cli.text.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+_DESCRIPTION, _WEIGHTS, _SOURCE, _TARGET = "bundle.json", "model.safetensors", "source.tokenizer", "target.tokenizer"
+
+
+def build_model(recipe: Recipe, source_vocab: int, target_vocab: int) -> Model:
+    """Return a new model of the recipe's kind. Raises UsageError where sizes contradict each other."""
+    try:
+        model: Model = recipe.model.build(source_vocab, target_vocab)
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from error
+    return model
+
+
+@dataclass
+class Bundle:
+    """A model with the text side it was trained with."""
+
+    recipe: Recipe
+    model: Model
+    source: Tokenizer
+    target: Tokenizer
+    facts: dict[str, Any] = field(default_factory=dict)
+    """How the model came about: update, score, metric, averaged checkpoints."""
+    plugins: Sequence[Plugin] = ()
+    """The plugin files that the model was made with."""
+
+    @property
+    def task(self) -> Task:
+        """The task that reads and writes this model's lines."""
+        task: Task = self.recipe.task.config
+        return task
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @classmethod
+    def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
+        """Load a bundle, or the bundle of a run folder, after checking every file against its manifest.
+
+        Raises BundleError that names the file, or the plugin that the model needs.
+        """
+        folder = find_bundle(path)
+        atomic.verify(folder)
+        description = atomic.read_json(folder / _DESCRIPTION)
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            found = description.get("format") if isinstance(description, dict) else None
+            raise BundleError(
+                f"{folder / _DESCRIPTION}: bundle format {found}, this version reads {FORMAT}; use a newer encdec."
+            )
+        recipe = _recipe(folder, description)
+        source = _tokenizer(folder, _SOURCE, description["source"])
+        target = source if description["shared"] else _tokenizer(folder, _TARGET, description["target"])
+        model = build_model(recipe, len(source.vocabulary), len(target.vocabulary))
+        weights = folder / _WEIGHTS
+        tensors.load_weights(model, tensors.read_tensors(weights), weights)
+        model.to(device=device, dtype=dtype).eval()
+        return cls(recipe, model, source, target, description["facts"])
+
+    def save(self, folder: Path) -> None:
+        """Write the bundle as `folder`, all of it or nothing."""
+        weights = {name: value.float() for name, value in self.model.state_dict().items()}
+        self.save_weights(folder, weights)
+
+    def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the bundle as `folder` with other weights than the model's own, such as an average's."""
+        shared = self.source is self.target
+        description = {
+            "format": FORMAT,
+            "encdec": __version__,
+            "recipe": resolved(self.recipe),
+            "shared": shared,
+            "source": {"kind": self.source.kind, "tokens": len(self.source.vocabulary)},
+            "target": {"kind": self.target.kind, "tokens": len(self.target.vocabulary)},
+            "facts": self.facts,
+            "plugins": [{"name": plugin.path.name, "sha256": plugin.sha256} for plugin in self.plugins],
+        }
+        with atomic.new_folder(folder) as temporary:
+            (temporary / _WEIGHTS).write_bytes(tensors.to_bytes(weights))
+            (temporary / _SOURCE).write_bytes(self.source.to_bytes())
+            if not shared:
+                (temporary / _TARGET).write_bytes(self.target.to_bytes())
+            (temporary / _DESCRIPTION).write_bytes(atomic.json_bytes(description))
+
+
+def find_bundle(path: Path) -> Path:
+    """Return the bundle folder that `path` is or, for a run folder, holds. Raises BundleError."""
+    for folder in (path, path / "bundle"):
+        if (folder / _DESCRIPTION).is_file():
+            return folder
+    if not path.exists():
+        raise BundleError(f"{path}: no such model folder; give a bundle or the folder of a run.")
+    if (path / "checkpoints").is_dir() or (path / "log.jsonl").is_file():
+        raise BundleError(f"{path}: this run has no model yet; it appears with the first validation.")
+    raise BundleError(f"{path}: neither a bundle ({_DESCRIPTION} is missing) nor the folder of a run.")
+
+
+def average(bundles: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the mean of the weights of several bundles of one model."""
+    total: dict[str, Tensor] = {}
+    for folder in bundles:
+        for name, value in tensors.read_tensors(folder / _WEIGHTS).items():
+            total[name] = total[name] + value.double() if name in total else value.double()
+    return {name: (value / len(bundles)).float() for name, value in total.items()}
+
+
+def _recipe(folder: Path, description: dict[str, Any]) -> Recipe:
+    try:
+        return from_resolved(description["recipe"], str(folder / _DESCRIPTION))
+    except EncdecError as error:
+        names = ", ".join(f"--plugin {plugin['name']}" for plugin in description["plugins"])
+        hint = f"; the model was made with a plugin, pass {names}" if names else ""
+        raise BundleError(f"{error}{hint}") from error
+
+
+def _tokenizer(folder: Path, name: str, facts: dict[str, Any]) -> Tokenizer:
+    try:
+        content = (folder / name).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{folder / name}: {error.strerror}.") from error
+    tokenizer = load_tokenizer(facts["kind"], content)
+    if len(tokenizer.vocabulary) != facts["tokens"]:
+        raise BundleError(f"{folder / name}: {len(tokenizer.vocabulary)} tokens, expected {facts['tokens']}.")
+    return tokenizer

@@ -1,0 +1,123 @@
+"""Training state on disk: one folder a checkpoint, committed by one rename, safetensors and JSON alone."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from encdec_cli import atomic
+from encdec_cli.bundle import tensors
+from encdec_cli.errors import BundleError
+
+FORMAT = 1
+_STATE, _PROGRESS = "state.safetensors", "progress.json"
+_NAME = re.compile(r"step_(\d+)")
+
+
+@dataclass
+class Progress:
+    """All that resuming needs beside weights and optimizer state."""
+
+    step: int = 0
+    """Updates done."""
+    tokens: int = 0
+    """Target tokens learned from, EOS included."""
+    loss: float = 0.0
+    """Sum of the loss since the last line of the log."""
+    loss_tokens: int = 0
+    """Target tokens in that sum."""
+    validated: int = -1
+    """The update of the last validation."""
+    best: float | None = None
+    """The best validation score."""
+    best_step: int = 0
+    """The update that reached it."""
+    stale: int = 0
+    """Validations since then."""
+    kept: list[int] = field(default_factory=list)
+    """Updates whose bundles are kept for averaging, oldest first."""
+    log_lines: int = 0
+    """Lines of the log that belong to this state."""
+    finished: bool = False
+    """Whether nothing is left to do."""
+
+
+@dataclass
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    progress: Progress
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    """What the run must have in common with its continuation: recipe, data hash, precision, threads, versions."""
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of an update; names sort as updates do."""
+    return f"step_{step:08d}"
+
+
+def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
+    """Commit a checkpoint below `folder`, then delete all but the `keep` newest."""
+    path = folder / step_name(checkpoint.progress.step)
+    content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
+    with atomic.new_folder(path) as temporary:
+        (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
+        (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
+    for old in steps(folder)[:-keep]:
+        shutil.rmtree(folder / step_name(old), ignore_errors=True)
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the updates of the committed checkpoints below `folder`, oldest first."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*") if (path / atomic.MANIFEST).is_file())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def recover(folder: Path) -> None:
+    """Delete what a killed process left unfinished below `folder`. Call it under the lock of the run."""
+    if folder.is_dir():
+        for name in {path.name.split(".")[0] for path in folder.iterdir() if "." in path.name}:
+            atomic.recover(folder / name)
+
+
+def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole, or None if there was never one.
+
+    `warn` is given one sentence for each damaged checkpoint that is passed over.
+
+    Raises:
+        BundleError: if there are checkpoints and none of them is whole.
+    """
+    found = steps(folder)
+    reasons = []
+    for step in reversed(found):
+        path = folder / step_name(step)
+        try:
+            return load(path)
+        except BundleError as error:
+            reasons.append(str(error))
+            warn(f"checkpoint {path.name} is passed over: {error}")
+    if found:
+        raise BundleError(
+            f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
+        )
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint after checking it against its manifest. Raises BundleError."""
+    atomic.verify(path)
+    content = atomic.read_json(path / _PROGRESS)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise BundleError(f"{path / _PROGRESS}: not a checkpoint of format {FORMAT}; use the encdec that wrote it.")
+    known = {f.name for f in fields(Progress)}
+    if content["progress"].keys() != known:
+        raise BundleError(f"{path / _PROGRESS}: expected the keys {', '.join(sorted(known))}.")
+    return Checkpoint(Progress(**content["progress"]), tensors.read_tensors(path / _STATE), content["facts"])

@@ -1,0 +1,91 @@
+"""`encdec chat`: talk with a dialogue model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from encdec_cli.bundle.bundle import Bundle
+
+_RESET = "/new"
+
+
+def chat(
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]")
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="NAME,KEY=VALUE,… such as sampling,temperature=0.8,seed=1.")
+    ] = None,
+    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Hypotheses kept for each answer.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
+    ] = None,
+) -> None:
+    """Talk with a dialogue model; it remembers the turns, and says so when old ones no longer fit.
+
+    /new starts a new conversation, Ctrl-D ends. In a pipe each line is a turn and each answer a line.
+    """
+    from encdec_cli.cli import console
+    from encdec_cli.cli.generate import choose_strategy
+    from encdec_cli.cli.models import load_bundles
+    from encdec_cli.errors import UsageError
+    from encdec_cli.generation import Options, generate
+    from encdec_cli.tasks.dialogue import Dialogue
+
+    bundle = load_bundles([model] if model else [], device, plugin or [])[0]
+    task = bundle.task
+    if not isinstance(task, Dialogue):
+        raise UsageError(f"chat needs a model of the task dialogue, this one was made for {bundle.recipe.task.name}.")
+    options = Options(choose_strategy(bundle, strategy, beam))
+    turns: list[str] = []
+    forgotten = 0
+    for said in _turns():
+        if said == _RESET:
+            turns, forgotten = [], 0
+            continue
+        turns.append(said)
+        kept = _that_fit(bundle, turns)
+        if len(turns) - kept > forgotten:
+            forgotten = len(turns) - kept
+            console.say(f"the first {forgotten} turns of this conversation no longer fit and are forgotten")
+        result = next(generate([bundle], [[task.from_record({"turns": turns[-kept:]})]], options))
+        answer = result.candidates[0].text if result.candidates else ""
+        turns.append(answer)
+        sys.stdout.write(answer + "\n")
+        sys.stdout.flush()
+
+
+def _turns() -> Iterator[str]:
+    """Yield what the user says: with a prompt on a terminal, else the lines of the pipe."""
+    from encdec_cli.text.lines import read_lines
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield from read_lines(None)
+        return
+    while True:
+        try:
+            said = input("> ")
+        except EOFError:
+            sys.stdout.write("\n")
+            return
+        if said.strip():
+            yield said
+
+
+def _that_fit(bundle: Bundle, turns: list[str]) -> int:
+    """Return how many of the last turns the task keeps and the model can read."""
+    most = bundle.recipe.text.max_source - 1
+    keep = min(len(turns), bundle.recipe.task.config.turns)
+    while keep > 1:
+        example = bundle.task.from_record({"turns": turns[-keep:]})
+        if len(bundle.source.encode(bundle.task.source(example))) <= most:
+            break
+        keep -= 1
+    return keep

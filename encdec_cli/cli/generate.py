@@ -1,0 +1,129 @@
+"""`encdec generate`: lines in, lines out."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.decoding.hypothesis import Strategy
+    from encdec_cli.generation import Generated, Options
+    from encdec_cli.text.example import Example
+
+
+def generate(
+    file: Annotated[
+        Path | None, typer.Argument(help="Input, plain or .gz. [default: stdin]", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--model", "-m", help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]"
+        ),
+    ] = None,
+    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Hypotheses kept for each line.")] = None,
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="NAME,KEY=VALUE,… such as sampling,temperature=0.8,seed=1.")
+    ] = None,
+    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Outputs a line, separated by TAB.")] = 1,
+    scores: Annotated[bool, typer.Option("--scores", help="Put the score and a TAB before each output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
+    ] = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Most lines decoded together.")] = 64,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
+    ] = None,
+) -> None:
+    """Write the model's output for each line: one line out per line in, in order, as batches finish.
+
+    An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
+    """
+    from encdec_cli.cli.models import load_bundles
+    from encdec_cli.generation import WINDOW_BATCHES, Options
+    from encdec_cli.generation import generate as decode
+    from encdec_cli.text.windows import arriving_windows, full_windows
+
+    bundles = load_bundles(model or [], device, plugin or [])
+    options = Options(choose_strategy(bundles[0], strategy, beam, n_best), n_best, batch)
+    examples = _examples(bundles[0], file, as_json)
+    size = batch * WINDOW_BATCHES
+    windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
+    line = _json_line if as_json else _text_line
+    for number, result in enumerate(decode(bundles, windows, options), start=1):
+        sys.stdout.buffer.write(line(number, result, options, scores).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:
+    """Return the strategy of --strategy, else the recipe's, with the beam of --beam."""
+    from dataclasses import replace
+
+    from encdec_cli.config import parse_component
+    from encdec_cli.errors import UsageError
+    from encdec_cli.registry import strategies
+
+    chosen: Strategy = (
+        parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
+    )
+    if beam is not None:
+        chosen = replace(chosen, beam=beam)
+    elif named and "beam=" not in named and n_best > chosen.beam:
+        chosen = replace(chosen, beam=n_best)
+    if n_best > chosen.beam:
+        raise UsageError(f"--n-best {n_best}: the search keeps {chosen.beam} hypotheses a line; give --beam {n_best}.")
+    return chosen
+
+
+def _is_complete(file: Path | None) -> bool:
+    """Whether all input lies ready, so that waiting for a full window costs nobody anything."""
+    if file is not None and str(file) != "-":
+        return True
+    return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
+
+
+def _examples(bundle: Bundle, file: Path | None, as_json: bool) -> Iterator[Example]:
+    from encdec_cli.errors import DataError
+    from encdec_cli.text.lines import read_lines
+
+    for number, line in enumerate(read_lines(file), start=1):
+        if not (as_json and line.lstrip().startswith("{")):
+            yield bundle.task.read(line)
+            continue
+        try:
+            yield bundle.task.from_record(json.loads(line))
+        except (ValueError, DataError, RecursionError) as error:
+            raise DataError(f"{file or 'stdin'}:{number}: not a record this task can read: {error}.") from error
+
+
+def _text_line(number: int, result: Generated, options: Options, scores: bool) -> str:
+    columns = []
+    several = scores or options.n_best > 1
+    for candidate in result.candidates:
+        columns += [f"{candidate.score:.4f}"] if scores else []
+        # A TAB of the text would be read as a column's end.
+        columns += [candidate.text.replace("\t", " ") if several else candidate.text]
+    return "\t".join(columns)
+
+
+def _json_line(number: int, result: Generated, options: Options, scores: bool) -> str:
+    """Return the record of a line: the input's own fields, then ours, which win where names clash."""
+    record: dict[str, Any] = {"id": number, **result.example.record}
+    outputs = [
+        {"text": c.text, "score": round(c.score, 6), "token_scores": [round(s, 6) for s in c.token_scores]}
+        for c in result.candidates
+    ]
+    record |= outputs[0] if outputs else {"text": "", "score": 0.0, "token_scores": []}
+    record["status"] = result.status
+    if options.n_best > 1:
+        record["candidates"] = outputs
+    return json.dumps(record, ensure_ascii=False)

@@ -1,0 +1,76 @@
+"""`encdec list`: what is registered, from where, and what is broken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from encdec_cli.registry import Origin
+
+
+def list_components(
+    as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
+    ] = None,
+) -> None:
+    """List every corpus, model, task, strategy, metric and export target, and from where it comes.
+
+    A component or a plugin that does not load is listed with the reason. If it is a plugin file that --plugin or
+    ENCDEC_PLUGINS names, the exit code is 2.
+    """
+    from encdec_cli.errors import UsageError
+
+    files = [*_environment(), *(plugin or [])]
+    plugins = list(_load(files))
+    _show_json(plugins) if as_json else _show_table(plugins)
+    broken = [row for row in plugins if row.error]
+    if broken:
+        raise UsageError("\n".join(row.error or "" for row in broken))
+
+
+def _environment() -> list[Path]:
+    return [Path(name) for name in os.environ.get("ENCDEC_PLUGINS", "").split(os.pathsep) if name]
+
+
+def _load(files: Sequence[Path]) -> Iterator[Origin]:
+    from encdec_cli.errors import UsageError
+    from encdec_cli.registry import Origin, load_plugin
+
+    for path in files:
+        try:
+            loaded = load_plugin(path)
+        except UsageError as error:
+            yield Origin(str(path), "", str(error))
+        else:
+            yield Origin(str(path), f"sha256 {loaded.sha256[:12]}")
+
+
+def _show_table(plugins: Sequence[Origin]) -> None:
+    from encdec_cli.cli.console import table
+    from encdec_cli.registry import KINDS
+
+    rows = [["KIND", "NAME", "FROM", "STATUS"]]
+    for registry in KINDS.values():
+        rows += [_row(registry.kind, origin) for origin in registry.origins()]
+    rows += [_row("plugin", origin) for origin in plugins]
+    print(table(rows))
+
+
+def _row(kind: str, origin: Origin) -> list[str]:
+    return [kind, origin.name, origin.source, f"broken: {origin.error}" if origin.error else "ok"]
+
+
+def _show_json(plugins: Sequence[Origin]) -> None:
+    import json
+    from dataclasses import asdict
+
+    from encdec_cli.registry import KINDS
+
+    result = {kind: [asdict(origin) for origin in registry.origins()] for kind, registry in KINDS.items()}
+    print(json.dumps({**result, "plugins": [asdict(origin) for origin in plugins]}, ensure_ascii=False))

@@ -1,0 +1,30 @@
+"""Which model a command uses, and how it is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from encdec_cli.bundle.bundle import Bundle
+
+
+def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path]) -> list[Bundle]:
+    """Load the named models, or the default one, which is then said on stderr."""
+    from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.bundle.run import default_model
+    from encdec_cli.cli import console
+    from encdec_cli.registry import load_environment_plugins, load_plugin
+    from encdec_cli.training.machine import check_device, use_threads
+
+    check_device(device)
+    use_threads(0)
+    load_environment_plugins()
+    for path in plugins:
+        load_plugin(path)
+    paths = list(named)
+    if not paths:
+        paths = [default_model()]
+        console.say(f"model: {paths[0]}")
+    return [Bundle.load(path, device) for path in paths]

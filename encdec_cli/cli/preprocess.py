@@ -1,0 +1,37 @@
+"""`encdec preprocess`: the data part of training alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def preprocess(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/<recipe name>]")
+    ] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
+    ] = None,
+) -> None:
+    """Read the corpus, train the tokenizer and write the shards that `encdec train` uses.
+
+    `train` does this by itself; do it apart to look at the data first, or where no accelerator is idle.
+    """
+    from encdec_cli.bundle.run import data_folder, default_run, locked
+    from encdec_cli.cli import console
+    from encdec_cli.recipe import load
+    from encdec_cli.training.data import prepared_data
+
+    run = output or default_run(recipe)
+    loaded = load(recipe, overrides or [], plugins=plugin or [], sections={"task", "data", "text"})
+    with locked(run):
+        prepared, made = prepared_data(loaded, run, console.say)
+    if not made:
+        console.say(f"nothing to do: {data_folder(run)} is current ({prepared.count('train'):,} training pairs)")

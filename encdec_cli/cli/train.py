@@ -1,0 +1,92 @@
+"""`encdec train`: from a recipe to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from encdec_cli.recipe import Recipe
+    from encdec_cli.training.trainer import Trainer
+
+
+def train(
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/<recipe name>]")
+    ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle or run.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    explain: Annotated[bool, typer.Option("--explain", help="Print every key of a recipe with its meaning.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check the recipe, prepare the data, try the largest batch; train nothing."),
+    ] = False,
+    plugin: Annotated[
+        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
+    ] = None,
+) -> None:
+    """Train a model: prepare the data if need be, learn, validate, keep the best.
+
+    Started again, it goes on where it was interrupted, or says that nothing is left to do. The model lies in
+    the run's folder and is what `encdec generate` uses next.
+    """
+    if explain:
+        from encdec_cli.recipe import explain as explain_recipe
+
+        typer.echo(explain_recipe(), nl=False)
+        return
+    if recipe is None:
+        raise typer.BadParameter("give a recipe such as recipes/mt.yaml", param_hint="RECIPE")
+    from encdec_cli.bundle.run import default_run
+    from encdec_cli.recipe import load
+    from encdec_cli.registry import load_environment_plugins
+
+    load_environment_plugins()
+    loaded = load(recipe, overrides or [], plugins=plugin or [])
+    _train(loaded, output or default_run(recipe), device, init_from, dry_run)
+
+
+def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_run: bool) -> None:
+    from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.bundle.run import locked
+    from encdec_cli.cli import console
+    from encdec_cli.cli.progress import TrainingProgress
+    from encdec_cli.training.data import prepared_data
+    from encdec_cli.training.machine import check_device, use_threads
+    from encdec_cli.training.signals import watched
+    from encdec_cli.training.trainer import Setting, Trainer
+
+    check_device(device)
+    use_threads(recipe.train.threads)
+    start = Bundle.load(init_from, device) if init_from else None
+    with locked(run), watched() as stop:
+        data, _ = prepared_data(recipe, run, console.say)
+        trainer = Trainer(Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start))
+        step, steps = trainer.progress.step, recipe.train.steps
+        if dry_run:
+            console.say(_dry_run(trainer))
+        elif trainer.progress.finished:
+            console.say(
+                f"nothing to do: {run} has finished its {step} updates; raise train.steps to go on, "
+                "or choose another --output to start anew"
+            )
+        else:
+            with console.progress("training", steps, step) as bar:
+                trainer.run(TrainingProgress(bar, steps, step).progress)
+            console.say(f"model: {run}")
+
+
+def _dry_run(trainer: Trainer) -> str:
+    parameters, batches = trainer.try_largest()
+    return (
+        f"dry run: the recipe is good; {parameters:,} parameters in {trainer.precision}, {batches:,} micro-batches an "
+        "epoch; the largest one and a validation batch fit; nothing was trained"
+    )

@@ -1,0 +1,130 @@
+"""A schema for readers: as a commented recipe, and as JSON Schema for editors. Both are made from the dataclasses."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import Field as ModelField
+
+from encdec_cli.config import Chosen
+from encdec_cli.config_schema import (
+    default,
+    descriptions,
+    keys,
+    model_of,
+    plain_value,
+    recipe_keys,
+    required,
+    schema_of,
+    types_of,
+)
+from encdec_cli.config_yaml import write
+from encdec_cli.errors import EncdecError
+from encdec_cli.registry import Registry
+
+_WIDTH = 100
+
+
+def json_schema(schema: type[Any]) -> dict[str, Any]:
+    """Return the JSON Schema (https://json-schema.org) of a file with the sections of `schema`."""
+    hints, texts = types_of(schema), descriptions(schema)
+    sections: dict[str, Any] = {}
+    for key, field in recipe_keys(schema).items():
+        chosen = _chosen(hints[key])
+        needed = chosen.default is None if chosen else required(field)
+        kind = _alternatives(chosen) if chosen else hints[key]
+        if isinstance(kind, type) and is_dataclass(kind):
+            kind = model_of(kind, describe=True)
+        sections[key] = (kind, ModelField(... if needed else None, description=texts.get(key)))
+    settings = ConfigDict(extra="forbid")
+    whole: type[BaseModel] = create_model(schema.__name__, __config__=settings, __doc__=schema.__doc__, **sections)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole.model_json_schema()}
+
+
+def _alternatives(chosen: Chosen) -> Any:
+    models = [
+        model_of(schema, name, name == chosen.default, describe=True)
+        for name, schema in _schemas(chosen.registry).items()
+    ]
+    return Union[tuple(models)]  # noqa: UP007 - made at run time
+
+
+def _schemas(registry: Registry[type[Any]]) -> dict[str, type[Any]]:
+    """Return the keys of every component that loads; `encdec list` tells of the others."""
+    found = {}
+    for name in registry.names():
+        with suppress(EncdecError, AttributeError):
+            found[name] = schema_of(registry.get(name))
+    return found
+
+
+def explain(schema: type[Any]) -> str:
+    """Return a file that holds every key of `schema` with its default, each under a comment that tells its meaning."""
+    hints, texts = types_of(schema), descriptions(schema)
+    lines = _comment(inspect.cleandoc(schema.__doc__ or ""), "")
+    for key, field in recipe_keys(schema).items():
+        lines += ["", *_comment(texts.get(key, ""), "")]
+        chosen = _chosen(hints[key])
+        if chosen:
+            lines += _components(key, chosen)
+        elif is_dataclass(hints[key]):
+            lines += [f"{key}:", *_keys(hints[key], "  ")]
+        else:
+            lines.append(f"{key}: {write(plain_value(default(field)))}")
+    return "\n".join(lines) + "\n"
+
+
+def _chosen(hint: Any) -> Chosen | None:
+    return next((mark for mark in get_args(hint) if isinstance(mark, Chosen)), None)
+
+
+def _components(key: str, chosen: Chosen) -> Iterator[str]:
+    """Yield the section of one component, then the others as comments."""
+    schemas = _schemas(chosen.registry)
+    complete = [name for name, schema in schemas.items() if _loads(schema)]
+    first = chosen.default or complete[0]
+    for name in sorted(schemas, key=lambda name: name != first):
+        meaning = _comment(inspect.cleandoc(schemas[name].__doc__ or "").split("\n\n")[0], "  ")
+        block = [f"{key}:", *meaning, f"  name: {name}", *_keys(schemas[name], "  ")]
+        yield from block if name == first else ["", *(f"# {line}".rstrip() for line in block)]
+
+
+def _loads(schema: type[Any]) -> bool:
+    """Tell whether the defaults alone make a component."""
+    return not any(required(field) for field in keys(schema).values())
+
+
+def _keys(schema: type[Any], indent: str) -> Iterator[str]:
+    hints, texts = types_of(schema), descriptions(schema)
+    shown: set[type[Any]] = set()
+    for key, field in keys(schema).items():
+        choices = get_args(hints[key]) if get_origin(hints[key]) is Literal else ()
+        among = f" One of: {', '.join(write(choice) for choice in choices)}." if choices else ""
+        yield from _comment(f"{texts.get(key, '')}{among}".strip(), indent)
+        if required(field):
+            yield f"{indent}# {key}: ...  (required)"
+        else:
+            yield f"{indent}{key}: {write(plain_value(default(field)))}"
+        nested = _nested(hints[key])
+        if nested is not None and nested not in shown:
+            shown.add(nested)
+            yield from (f"{indent}# {line}" for line in [f"{key}:", *_keys(nested, "  ")])
+
+
+def _nested(hint: Any) -> type[Any] | None:
+    """Return the dataclass within a type such as `Side | None`, whose keys a default of null does not show."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    paragraphs = [" ".join(part.split()) for part in text.split("\n\n")]
+    lines = [line for part in paragraphs for line in textwrap.wrap(part, _WIDTH - len(indent), break_on_hyphens=False)]
+    return [f"{indent}# {line}" for line in lines]

@@ -1,0 +1,210 @@
+"""Your own files: parallel text, TSV, or JSON lines; plain, gzip, or `-` for stdin."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from encdec_cli.corpora.corpus import Corpus, known_split
+from encdec_cli.errors import DataError, UsageError
+from encdec_cli.text.example import Example
+from encdec_cli.text.lines import LineReport, read_lines, read_parallel
+
+
+@dataclass
+class SplitFiles:
+    """The files of one split. Either `source` and `target` are paths, or they name columns or fields of one file.
+
+    Paths may be patterns (`part-*.en.gz`): the matches are read in alphabetical order.
+    """
+
+    source: str | int = ""
+    """Path; or the column of a TSV (number from 0, or name with `header`); or the field of a JSON object."""
+    target: str | int = ""
+    """As `source`. May be left out where no target is known."""
+    tsv: str = ""
+    """Path of a file with tab-separated columns."""
+    jsonl: str = ""
+    """Path of a file with a JSON object a line. A field that is a list (of turns) is joined by tabs."""
+    header: bool = False
+    """The first line of the TSV names its columns."""
+
+    def __post_init__(self) -> None:
+        if self.tsv and self.jsonl:
+            raise UsageError("data: a split has tsv or jsonl, not both.")
+        if self.header and not self.tsv:
+            raise UsageError("data: header is for tsv alone.")
+        if self.tsv and self.source == "":
+            self.source, self.target = 0, 1
+        if self.jsonl and self.source == "":
+            self.source, self.target = "source", self.target or "target"
+        if self.tsv:
+            self._check_columns()
+        elif isinstance(self.source, int) or isinstance(self.target, int):
+            raise UsageError("data: source and target are column numbers only with tsv.")
+        elif not self.source:
+            raise UsageError("data: a split needs source: and target: (paths), or tsv:, or jsonl:.")
+
+    def _check_columns(self) -> None:
+        for column in (self.source, self.target):
+            if isinstance(column, str) and column and not self.header:
+                raise UsageError(f"data: column '{column}' is a name, so the TSV needs header: true; or use numbers.")
+            if isinstance(column, int) and column < 0:
+                raise UsageError(f"data: column {column} must be 0 or more.")
+
+
+@dataclass
+class Files(Corpus):
+    """Examples from files. Rows with an empty side are dropped from train and valid (and counted), kept in test.
+
+    The fingerprint is made of names, sizes and times of change; stdin always counts as unchanged.
+    """
+
+    root: str = "."
+    """Folder to which the paths are relative."""
+    train: SplitFiles | None = None
+    valid: SplitFiles | None = None
+    test: SplitFiles | None = None
+
+    def __post_init__(self) -> None:
+        # Not fields: they are no keys of a recipe.
+        self._report = LineReport()
+        self._dropped: dict[str, str] = {}
+
+    def _files(self, split: str) -> SplitFiles | None:
+        return {"train": self.train, "valid": self.valid, "test": self.test}[known_split(split)]
+
+    def read(self, split: str) -> Iterator[Example]:
+        """Yield the examples of a split. Raises DataError naming file and line."""
+        files = self._files(split)
+        if files is None:
+            return
+        self._report = LineReport()
+        dropped, first = 0, ""
+        for place, example in self._rows(files):
+            if split != "test" and _has_empty_side(example, files.target != ""):
+                dropped, first = dropped + 1, first or place
+                continue
+            yield example
+        self._dropped.pop(split, None)
+        if dropped:
+            rows = "row" if dropped == 1 else "rows"
+            self._dropped[split] = f"{split}: {dropped} {rows} with an empty side dropped (first {first})."
+
+    def _rows(self, files: SplitFiles) -> Iterator[tuple[str, Example]]:
+        if files.tsv:
+            for path in self._paths(files.tsv):
+                yield from _tsv(path, files, self._report)
+        elif files.jsonl:
+            for path in self._paths(files.jsonl):
+                yield from _jsonl(path, files, self._report)
+        else:
+            for paths in self._parallel(files):
+                for number, row in enumerate(read_parallel(paths, self._report), start=1):
+                    yield f"{paths[0]}:{number}", Example(row[0], row[1] if len(row) > 1 else None)
+
+    def _parallel(self, files: SplitFiles) -> list[list[Path]]:
+        sides = [self._paths(str(pattern)) for pattern in (files.source, files.target) if pattern]
+        if sum(path == Path("-") for side in sides for path in side) > 1:
+            raise UsageError("data: source and target cannot both be stdin.")
+        if len({len(side) for side in sides}) > 1:
+            raise DataError(
+                f"{files.source} matches {len(sides[0])} files and {files.target} {len(sides[1])}; expected one "
+                "target file for each source file."
+            )
+        return [list(paths) for paths in zip(*sides, strict=True)]
+
+    def _paths(self, pattern: str) -> list[Path]:
+        if pattern == "-":
+            return [Path("-")]
+        path = Path(self.root).expanduser() / pattern
+        if path.exists() or not glob.has_magic(pattern):
+            return [path]
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 Path.glob wants relative patterns
+        if not matches:
+            raise DataError(f"{path}: no file matches this pattern.")
+        return matches
+
+    def fingerprint(self) -> str:
+        """Return a digest of names, sizes and times of change of all files."""
+        facts: list[Any] = []
+        for files in (self.train, self.valid, self.test):
+            patterns = [] if files is None else [files.tsv or files.jsonl]
+            if files is not None and not patterns[0]:
+                patterns = [str(files.source), str(files.target)]
+            for path in (path for pattern in patterns if pattern for path in self._paths(pattern)):
+                facts.append(_facts(path))
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def notes(self) -> list[str]:
+        """Return what the last reads dropped, and the oddities of the split read last."""
+        return [*self._dropped.values(), *self._report.sentences()]
+
+
+def _facts(path: Path) -> list[Any]:
+    if path == Path("-"):
+        return ["-"]
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check the path in the recipe (data.root=…).") from error
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+def _has_empty_side(example: Example, needs_target: bool) -> bool:
+    return not example.source.strip() or (needs_target and not (example.target or "").strip())
+
+
+def _tsv(path: Path, files: SplitFiles, report: LineReport) -> Iterator[tuple[str, Example]]:
+    names: list[str] = []
+    wanted = [column for column in (files.source, files.target) if column != ""]
+    columns = [column for column in wanted if isinstance(column, int)]
+    for number, line in enumerate(read_lines(path, report), start=1):
+        place, cells = f"{path}:{number}", line.split("\t")
+        if number == 1 and files.header:
+            names = cells
+            columns = [_column(column, names, place) for column in wanted]
+            continue
+        if len(cells) <= max(columns):
+            raise DataError(f"{place}: {len(cells)} columns; expected at least {max(columns) + 1}, separated by tabs.")
+        record = {names[i] if i < len(names) else str(i): cell for i, cell in enumerate(cells) if i not in columns}
+        yield place, Example(cells[columns[0]], cells[columns[1]] if len(columns) > 1 else None, record)
+
+
+def _column(column: str | int, names: list[str], place: str) -> int:
+    if isinstance(column, int):
+        return column
+    if column not in names:
+        raise DataError(f"{place}: no column '{column}' in the header: {', '.join(names)}.")
+    return names.index(column)
+
+
+def _jsonl(path: Path, files: SplitFiles, report: LineReport) -> Iterator[tuple[str, Example]]:
+    for number, line in enumerate(read_lines(path, report), start=1):
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: not valid JSON ({error}); expected one object a line.") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{place}: expected a JSON object, found {type(record).__name__}.")
+        source = _field(record, str(files.source), place)
+        target = _field(record, str(files.target), place) if files.target != "" else None
+        rest = {key: value for key, value in record.items() if key not in (files.source, files.target)}
+        yield place, Example(source, target, rest)
+
+
+def _field(record: dict[str, Any], name: str, place: str) -> str:
+    value = record.get(name)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(turn, str) for turn in value):
+        return "\t".join(" ".join(turn.split()) for turn in value)
+    if value is None:
+        raise DataError(f"{place}: no field '{name}'; found {', '.join(record) or 'an empty object'}.")
+    raise DataError(f"{place}: field '{name}': expected text or a list of texts, found {type(value).__name__}.")

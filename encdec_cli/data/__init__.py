@@ -1,0 +1,1 @@
+"""Prepared data: shards on disk, the order of examples, padded batches."""

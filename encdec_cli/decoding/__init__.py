@@ -1,0 +1,1 @@
+"""Search over next-token scores; nothing here knows models or text."""

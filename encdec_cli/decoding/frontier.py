@@ -1,0 +1,191 @@
+"""The hypotheses that are being written: their tokens so far, and which sentences still need more of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits
+from encdec_cli.decoding.rules import Rule
+from encdec_cli.decoding.scorer import Scores
+from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.text.vocabulary import BOS, EOS
+
+SHRINK = 0.2
+"""Share of finished sentences at which the others move together; moving costs a copy of every cache."""
+ROUND = 40
+"""Rows are kept at multiples of about this, because matrix kernels are made anew for every new size."""
+
+
+class Frontier:
+    """The rows of a running search, and the hypotheses that have left it.
+
+    A sentence that has what it needs is marked by `retire`; its rows go on unused until enough others are
+    done, and then all of them leave at once.
+
+    Args:
+        stepper: the models and their state; has `stepper.beam` rows for each sentence.
+        limits: bounds for each sentence.
+    """
+
+    def __init__(self, stepper: Stepper, limits: Limits) -> None:
+        sentences, rows, device = stepper.sentences, stepper.rows, stepper.device
+        self.stepper = stepper
+        self.beam = stepper.beam
+        self.tokens = torch.empty((rows, 0), dtype=torch.int64, device=device)
+        """[rows, written]"""
+        self.token_scores = torch.empty((rows, 0), dtype=torch.float32, device=device)
+        """[rows, written]"""
+        self.results: list[list[Hypothesis]] = [[] for _ in range(sentences)]
+        """What has been found for each sentence of the batch."""
+        self._origin = list(range(sentences))
+        self._open = set(range(sentences))
+        self._minimum = limits.minimum.to(device)
+        self._maximum: list[int] = limits.maximum.tolist()
+        self._last_minimum = int(limits.minimum.max()) if sentences else 0
+        self._first_maximum = min(self._maximum, default=0)
+
+    @property
+    def written(self) -> int:
+        """Tokens in every row."""
+        return self.tokens.shape[1]
+
+    @property
+    def done(self) -> bool:
+        """Whether every sentence has what it needs."""
+        return not self._open
+
+    def step(self) -> Scores:
+        """Read the last token of every row and return the scores of the next, without EOS where it is too early."""
+        last = self.tokens[:, -1] if self.written else self.tokens.new_full((self.stepper.rows,), BOS)
+        scores = self.stepper.step(last)
+        if self.written < self._last_minimum:
+            scores.forbid(EOS, (self._minimum > self.written).repeat_interleave(self.beam))
+        return scores
+
+    def full(self) -> list[int]:
+        """Return the places of the open sentences that may not have another token."""
+        if self.written < self._first_maximum:
+            return []
+        return [slot for slot in sorted(self._open) if self._maximum[self._origin[slot]] <= self.written]
+
+    def found(self, slot: int) -> list[Hypothesis]:
+        """Return the hypotheses that the sentence at this place has so far."""
+        return self.results[self._origin[slot]]
+
+    def finish(self, rows: Tensor, log_probs: Tensor, scores: Tensor) -> None:
+        """Keep some rows as hypotheses that end here, with EOS. rows, log_probs (of EOS), scores: [n]."""
+        self._keep(rows, scores, log_probs.tolist())
+
+    def cut(self, rows: Tensor, scores: Tensor) -> None:
+        """Keep some rows as hypotheses that end here without EOS. rows, scores: [n]."""
+        self._keep(rows, scores, None)
+
+    def retire(self, slots: Sequence[int]) -> Tensor | None:
+        """Mark sentences as done.
+
+        Returns None, or the places [slots] of the sentences to go on with, if it is time for the others to
+        leave; `extend` must then be given rows of those sentences only.
+        """
+        self._open.difference_update(slots)
+        size = self._rounded(len(self._open))
+        if self.done or not slots or size > (1 - SHRINK) * len(self._origin):
+            return None
+        idle = [slot for slot in range(len(self._origin)) if slot not in self._open]
+        kept = sorted([*self._open, *idle[: size - len(self._open)]])
+        self._open = {place for place, slot in enumerate(kept) if slot in self._open}
+        self._origin = [self._origin[slot] for slot in kept]
+        self._first_maximum = min(self._maximum[self._origin[slot]] for slot in self._open)
+        chosen = torch.tensor(kept, device=self.stepper.device)
+        self._minimum = self._minimum[chosen]
+        return chosen
+
+    def extend(self, rows: Tensor | None, tokens: Tensor, log_probs: Tensor) -> None:
+        """Let new row i be old row rows[i] and its new token.
+
+        rows: [new_rows], None if every row stays where it is; tokens, log_probs: [new_rows].
+        """
+        if rows is not None:
+            self.stepper.reorder(rows)
+            self.tokens, self.token_scores = self.tokens[rows], self.token_scores[rows]
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
+        self.token_scores = torch.cat((self.token_scores, log_probs[:, None]), 1)
+
+    def best(self) -> list[list[Hypothesis]]:
+        """Return the hypotheses of each sentence, at most `beam`: finished ones first, then by score."""
+        order = [sorted(found, key=lambda one: (not one.finished, -one.score)) for found in self.results]
+        return [found[: self.beam] for found in order]
+
+    def _keep(self, rows: Tensor, scores: Tensor, endings: list[float] | None) -> None:
+        prefixes, pasts = self.tokens[rows].tolist(), self.token_scores[rows].tolist()
+        for i, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
+            past = pasts[i] if endings is None else [*pasts[i], endings[i]]
+            hypothesis = Hypothesis(prefixes[i], score, past, finished=endings is not None)
+            self.results[self._origin[row // self.beam]].append(hypothesis)
+
+    def _rounded(self, sentences: int) -> int:
+        """Return how many sentences to keep in the batch for the sake of round matrix sizes."""
+        unit = max(1, ROUND // self.beam)
+        if sentences >= unit:
+            return -(-sentences // unit) * unit
+        return 1 << (sentences - 1).bit_length() if sentences else 0
+
+
+class Walk(Frontier):
+    """A frontier whose rows never change places: each of them is one output, whatever the others do.
+
+    All that a strategy does is to choose the next token of every row:
+
+        while not walk.done:
+            walk.move(*choose(ruled(walk.step(), rules, walk.tokens)))
+        return walk.best()
+    """
+
+    def __init__(self, stepper: Stepper, limits: Limits) -> None:
+        super().__init__(stepper, limits)
+        self.origin = torch.arange(stepper.rows, device=stepper.device)
+        """[rows]; which row of the batch this was at the start."""
+        self._ended = torch.zeros(stepper.rows, dtype=torch.bool, device=stepper.device)
+
+    def move(self, tokens: Tensor, log_probs: Tensor) -> None:
+        """Write the next token of every row; a row ends with EOS, at its maximum, or where no token is possible.
+
+        tokens: [rows]; log_probs: [rows], -inf where no token is possible. An output's score is their sum.
+        """
+        self._collect(tokens, log_probs)
+        whole = self._ended.view(-1, self.beam).all(1).nonzero().flatten().tolist()
+        kept = self.retire([slot for slot in whole if slot in self._open])
+        rows = None
+        if kept is not None:
+            rows = (kept[:, None] * self.beam + torch.arange(self.beam, device=kept.device)).flatten()
+            tokens, log_probs = tokens[rows], log_probs[rows]
+            self.origin, self._ended = self.origin[rows], self._ended[rows]
+        if not self.done:
+            self.extend(rows, tokens, log_probs)
+
+    def _collect(self, tokens: Tensor, log_probs: Tensor) -> None:
+        possible = log_probs > -torch.inf
+        finished = (tokens == EOS) & possible & ~self._ended
+        stopped = ~possible & ~self._ended
+        for slot in self.full():
+            block = slice(slot * self.beam, (slot + 1) * self.beam)
+            stopped[block] = ~self._ended[block] & ~finished[block]
+        if bool(finished.any()):
+            rows = finished.nonzero().flatten()
+            self.finish(rows, log_probs[rows], self.token_scores[rows].sum(1) + log_probs[rows])
+        if bool(stopped.any()):
+            rows = stopped.nonzero().flatten()
+            self.cut(rows, self.token_scores[rows].sum(1))
+        self._ended = self._ended | finished | stopped
+
+
+def ruled(scores: Scores, rules: Sequence[Rule], prefix: Tensor) -> Scores:
+    """Return the scores after every rule; the same object if there is none. prefix: [rows, written]."""
+    if not rules:
+        return scores
+    log_probs = scores.log_probs()
+    for rule in rules:
+        log_probs = rule(log_probs, prefix)
+    return Scores(log_probs.contiguous(), normalised=True)

@@ -1,0 +1,1 @@
+"""Encoders and decoders; nothing here knows text or search."""

@@ -1,0 +1,84 @@
+"""Norms, feed-forwards and the order of residual connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encdec_cli.models.dropout import Dropout
+from encdec_cli.models.linear import Linear
+
+Activation = Literal["relu", "gelu", "swiglu"]
+NormKind = Literal["layer", "rms"]
+NormOrder = Literal["pre", "post"]
+
+
+class RMSNorm(nn.Module):
+    """Division by the root of the mean square (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., dim]; the mean square is taken in fp32 or better."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def make_norm(kind: NormKind, dim: int, bias: bool) -> nn.Module:
+    """Return LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) or RMSNorm over the last dimension."""
+    return nn.LayerNorm(dim, bias=bias) if kind == "layer" else RMSNorm(dim)
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with ReLU or GELU between them, or SwiGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202).
+
+    SwiGLU has a third matrix of the same size: two thirds of the width give as many parameters.
+    """
+
+    def __init__(self, dim: int, width: int, activation: Activation, dropout: float, bias: bool) -> None:
+        super().__init__()
+        self.activation = activation
+        self.inner = Linear(dim, 2 * width if activation == "swiglu" else width, bias)
+        self.outer = Linear(width, dim, bias)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., dim] to [..., dim]."""
+        inner: Tensor = self.inner(x)
+        if self.activation == "relu":
+            inner = F.relu(inner)
+        elif self.activation == "gelu":
+            inner = F.gelu(inner)
+        else:
+            gate, value = inner.chunk(2, dim=-1)
+            inner = F.silu(gate) * value
+        output: Tensor = self.outer(self.dropout(inner))
+        return output
+
+
+class Residual(nn.Module):
+    """A sublayer's norm, dropout and residual connection.
+
+    pre: x + dropout(sublayer(norm(x))) (Xiong et al. 2020, https://arxiv.org/abs/2002.04745);
+    post: norm(x + dropout(sublayer(x))), as in the first Transformer.
+    """
+
+    def __init__(self, norm: nn.Module, order: NormOrder, dropout: float) -> None:
+        super().__init__()
+        self.norm = norm
+        self.pre = order == "pre"
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply `sublayer` to x [rows, len, dim]."""
+        if self.pre:
+            inner: Tensor = self.dropout(sublayer(self.norm(x)))
+            return x + inner
+        output: Tensor = self.norm(x + self.dropout(sublayer(x)))
+        return output

@@ -1,0 +1,64 @@
+"""The interface of this house: what an encoder hands over, what a decoder remembers, what a model does."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Memory:
+    """What an encoder hands to a decoder."""
+
+    states: Tensor
+    """[sentences, src_len, dim]"""
+    mask: Tensor
+    """[sentences, src_len]; True where there is a token."""
+
+
+class State(Protocol):
+    """What a decoder remembers between steps: a value, owned by whoever called `Model.start`.
+
+    Row i is one hypothesis. The `beam` rows of a sentence stand together.
+    """
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let new row i continue old row rows[i].
+
+        There may be fewer rows than before, but always `beam` for every sentence that goes on, all of them
+        continuing rows of one and the same old sentence. rows: [new_rows], int64.
+        """
+
+
+class Model(nn.Module):
+    """An encoder and a decoder. Built from `(config, source_vocab, target_vocab)`; it never sees strings.
+
+    A subclass nests a dataclass `Config`, whose fields are the keys of the recipe's `model` section.
+    """
+
+    @abstractmethod
+    def encode(self, source: Tensor, mask: Tensor) -> Memory:
+        """Read sources. source: [sentences, src_len] ids; mask: the same shape, True where there is a token."""
+
+    @abstractmethod
+    def start(self, memory: Memory, beam: int = 1) -> State:
+        """Return the state before the first token, for `beam` rows a sentence."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor, state: State) -> Tensor:
+        """Read the next tokens of every row and advance the state.
+
+        tokens: [rows, new]; returns hidden states [rows, new, dim]. Training, prefill and a single step are
+        the same call: only the number of new tokens differs.
+        """
+
+    @abstractmethod
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return logits [n, vocab] of hidden states [n, dim]. The output layer; it is called in chunks."""
+
+    def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        """Return hidden states [sentences, tgt_len, dim] for all target positions at once."""
+        return self.decode(target, self.start(self.encode(source, mask)))

@@ -1,0 +1,243 @@
+"""The Transformer (Vaswani et al. 2017, https://arxiv.org/abs/1706.03762), with the choices the field has added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from encdec_cli.models.attention import CrossAttention, KeysValues, SelfAttention, mask_bias
+from encdec_cli.models.dropout import Dropout
+from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
+from encdec_cli.models.linear import Linear
+from encdec_cli.models.model import Memory, Model
+from encdec_cli.models.positions import Learned, Rotary, Sinusoidal
+
+
+def _residual(config: Transformer.Config) -> Residual:
+    norm = make_norm(config.norm, config.d_model, config.bias)
+    return Residual(norm, config.norm_order, config.dropout)
+
+
+def _final_norm(config: Transformer.Config) -> nn.Module:
+    # Post-norm layers end with a norm of their own.
+    return make_norm(config.norm, config.d_model, config.bias) if config.norm_order == "pre" else nn.Identity()
+
+
+def _feed_forward(config: Transformer.Config) -> FeedForward:
+    return FeedForward(config.d_model, config.feed_forward, config.activation, config.activation_dropout, config.bias)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and a feed-forward."""
+
+    def __init__(self, config: Transformer.Config) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.d_model, config.heads, config.bias, config.attention_dropout)
+        self.attention_residual = _residual(config)
+        self.feed_forward = _feed_forward(config)
+        self.feed_forward_residual = _residual(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it."""
+        x = self.attention_residual(x, lambda y: self.attention(y, mask, rotary=rotary))
+        output: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        return output
+
+
+class DecoderLayer(nn.Module):
+    """Causal self-attention, attention to the source, and a feed-forward."""
+
+    def __init__(self, config: Transformer.Config) -> None:
+        super().__init__()
+        self.attention = SelfAttention(config.d_model, config.heads, config.bias, config.attention_dropout)
+        self.attention_residual = _residual(config)
+        self.cross = CrossAttention(config.d_model, config.heads, config.bias, config.attention_dropout)
+        self.cross_residual = _residual(config)
+        self.feed_forward = _feed_forward(config)
+        self.feed_forward_residual = _residual(config)
+
+    def forward(self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None) -> Tensor:
+        """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`."""
+        cache = state.caches[layer]
+        keys, values = state.sources[layer]
+        x = self.attention_residual(x, lambda y: self.attention(y, causal=True, cache=cache, rotary=rotary))
+        x = self.cross_residual(x, lambda y: self.cross(y, keys, values, state.mask))
+        output: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        return output
+
+
+@dataclass
+class TransformerState:
+    """What the decoder remembers: what it wrote, for each row, and the source, once for each sentence."""
+
+    beam: int
+    """Rows a sentence."""
+    caches: list[KeysValues]
+    """For each layer: keys and values of the tokens so far."""
+    sources: list[tuple[Tensor, Tensor]]
+    """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
+    mask: Tensor | None
+    """What to add to scores of source positions, [sentences, 1, 1, src_len]; None if nothing is masked."""
+    length: int = 0
+    """Tokens so far."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let new row i continue old row rows[i]; see `State`. The source moves only if sentences do."""
+        sentences = rows[:: self.beam] // self.beam
+        same = torch.arange(len(self.sources[0][0]), device=rows.device)
+        if not torch.equal(sentences, same):
+            self.sources = [
+                (keys.index_select(0, sentences), values.index_select(0, sentences)) for keys, values in self.sources
+            ]
+            self.mask = self.mask.index_select(0, sentences) if self.mask is not None else None
+        elif self.beam == 1:
+            return  # the rows are the sentences: nothing moves
+        for cache in self.caches:
+            cache.reorder(rows)
+
+
+class Transformer(Model):
+    """Encoder and decoder of attention layers; `Config` says which of the field's variants.
+
+    Linear layers start Xavier-uniform with zero biases; embeddings, learned positions and an output matrix of its
+    own start normal with standard deviation d_model ** -0.5, the embedding of padding at zero.
+    """
+
+    @dataclass
+    class Config:
+        """The keys of a recipe's `model` section for `name: transformer`. Raises ValueError where they do not fit."""
+
+        encoder_layers: int = 6
+        """Layers of the encoder."""
+        decoder_layers: int = 6
+        """Layers of the decoder."""
+        d_model: int = 512
+        """Width of the states between layers, and of the embeddings."""
+        heads: int = 8
+        """Attention heads in every layer; they share d_model equally."""
+        feed_forward: int = 2048
+        """Inner width of the feed-forwards."""
+        dropout: float = 0.1
+        """Dropout on the embeddings and on what every sublayer adds."""
+        attention_dropout: float = 0.0
+        """Dropout on attention weights."""
+        activation_dropout: float = 0.0
+        """Dropout inside the feed-forwards, after the activation."""
+        norm_order: NormOrder = "pre"
+        """Norm before each sublayer (`pre`, trains more easily) or after it (`post`, as in the first paper)."""
+        norm: NormKind = "layer"
+        """LayerNorm or RMSNorm."""
+        activation: Activation = "relu"
+        """Activation of the feed-forwards; swiglu has three matrices where the others have two."""
+        positions: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal"
+        """How a token knows where it stands; only `learned` has a greatest length."""
+        max_positions: int = 1024
+        """Most tokens of a source or a target with learned positions."""
+        tie: Literal["none", "decoder", "all"] = "all"
+        """Which embeddings share a matrix: target and output (`decoder`), or these and the source (`all`)."""
+        scale_embeddings: bool = True
+        """Multiply embeddings by the square root of d_model."""
+        bias: bool = True
+        """Whether linear layers and LayerNorms have biases."""
+
+        def __post_init__(self) -> None:
+            for field in fields(self):
+                value = getattr(self, field.name)
+                if type(field.default) is int and value < 1:
+                    raise ValueError(f"{field.name} ({value}) must be at least 1")
+                if type(field.default) is float and not 0 <= value < 1:
+                    raise ValueError(f"{field.name} ({value}) must be at least 0 and below 1")
+            if self.d_model % self.heads:
+                raise ValueError(f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
+            if self.positions == "sinusoidal" and self.d_model % 2:
+                raise ValueError(f"d_model ({self.d_model}) must be even with sinusoidal positions")
+            if self.positions == "rotary" and (self.d_model // self.heads) % 2:
+                raise ValueError(
+                    f"d_model / heads ({self.d_model} / {self.heads} = {self.d_model // self.heads}) must be even "
+                    "with rotary positions"
+                )
+
+    def __init__(self, config: Transformer.Config, source_vocab: int, target_vocab: int) -> None:
+        super().__init__()
+        if config.tie == "all" and source_vocab != target_vocab:
+            raise ValueError(
+                f"tie: all needs one vocabulary for both sides, but the source has {source_vocab} tokens and the "
+                f"target {target_vocab}; share the vocabulary, or use tie: decoder"
+            )
+        self.config = config
+        # A shared matrix has one name and one place, so that a saved model holds it once.
+        self.target_embedding = self._embedding(target_vocab)
+        self.source_embedding = None if config.tie == "all" else self._embedding(source_vocab)
+        self.output = None
+        if config.tie == "none":
+            self.output = Linear(config.d_model, target_vocab, bias=False)
+            nn.init.normal_(self.output.weight, std=config.d_model**-0.5)
+        self.rotary = Rotary(config.d_model // config.heads) if config.positions == "rotary" else None
+        self.source_positions = self._positions()
+        self.target_positions = self._positions()
+        self.dropout = Dropout(config.dropout)
+        self.encoder = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.encoder_norm = _final_norm(config)
+        self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.decoder_norm = _final_norm(config)
+
+    def _embedding(self, vocab: int) -> nn.Embedding:
+        embedding = nn.Embedding(vocab, self.config.d_model, padding_idx=0)
+        with torch.no_grad():
+            nn.init.normal_(embedding.weight, std=self.config.d_model**-0.5)[0].zero_()
+        return embedding
+
+    def _positions(self) -> nn.Module | None:
+        if self.config.positions == "sinusoidal":
+            return Sinusoidal(self.config.d_model)
+        if self.config.positions == "learned":
+            return Learned(self.config.max_positions, self.config.d_model)
+        return None  # rotary positions act inside the attention
+
+    def _embed(self, tokens: Tensor, embedding: nn.Embedding, positions: nn.Module | None, start: int) -> Tensor:
+        x: Tensor = embedding(tokens)
+        if self.config.scale_embeddings:
+            x = x * self.config.d_model**0.5
+        if positions is not None:
+            x = positions(x, start)
+        dropped: Tensor = self.dropout(x)
+        return dropped
+
+    def encode(self, source: Tensor, mask: Tensor) -> Memory:
+        """Read source [sentences, src_len]; raise ValueError if it is longer than learned positions reach."""
+        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
+        x = self._embed(source, embedding, self.source_positions, 0)
+        bias = mask_bias(mask, x.dtype)
+        for layer in self.encoder:
+            x = layer(x, bias, self.rotary)
+        return Memory(self.encoder_norm(x), mask)
+
+    def start(self, memory: Memory, beam: int = 1) -> TransformerState:
+        """Compute every layer's keys and values of the source, once for each sentence."""
+        layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
+        return TransformerState(
+            beam=beam,
+            caches=[KeysValues() for _ in layers],
+            sources=[layer.cross.read(memory.states) for layer in layers],
+            mask=mask_bias(memory.mask, memory.states.dtype),
+        )
+
+    def decode(self, tokens: Tensor, state: TransformerState) -> Tensor:  # type: ignore[override]
+        """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
+        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        for number, layer in enumerate(self.decoder):
+            x = layer(x, state, number, self.rotary)
+        state.length += tokens.shape[1]
+        hidden: Tensor = self.decoder_norm(x)
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
+        if self.output is None:
+            return F.linear(hidden, self.target_embedding.weight)
+        logits: Tensor = self.output(hidden)
+        return logits

@@ -1,0 +1,1 @@
+"""What a line means: translation, summarization, dialogue."""

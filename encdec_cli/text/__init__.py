@@ -1,0 +1,1 @@
+"""Bytes to lines, lines to tokens: the one line reader, vocabularies and tokenizers."""

@@ -1,0 +1,26 @@
+"""The prepared data of a run: made if it is absent or stale, else opened and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from encdec_cli import atomic
+from encdec_cli.bundle.run import data_folder
+from encdec_cli.data.prepare import Prepared, is_current, prepare
+from encdec_cli.recipe import Recipe, fingerprint
+
+
+def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tuple[Prepared, bool]:
+    """Return the run's prepared data, and whether it had to be made now.
+
+    Call it under the lock of the run. `say` is given sentences for the user.
+    """
+    folder = data_folder(run)
+    atomic.recover(folder)
+    corpus = recipe.data.config
+    mark = fingerprint(recipe, ("task", "data", "text")) + corpus.fingerprint()
+    if is_current(folder, mark):
+        return Prepared.open(folder), False
+    say(f"preparing data in {folder}")
+    return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say), True

@@ -1,0 +1,100 @@
+"""The log of a run: JSON lines that are equal in every repetition, but for the field `clock`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from encdec_cli import atomic
+from encdec_cli.errors import BundleError
+
+CLOCK = "clock"
+"""The field that holds all that depends on time and machine; it stands last in its line."""
+
+
+class Log:
+    """Appends one JSON object a line to a file, which is made when the first line is written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def keep(self, lines: int) -> None:
+        """Cut off all but the first `lines`, and a line that a killed process left unfinished, in one replacement.
+
+        Lines are counted since a step alone does not tell: a run can be saved before and after the same validation.
+        If there are fewer the log goes on with these. Raises ResourceError if the file cannot be written.
+        """
+        if not self.path.exists():
+            return
+        with atomic.disk_errors(self.path):
+            content = self.path.read_bytes()
+        kept = b"".join(content.splitlines(keepends=True)[:lines])
+        kept = kept[: kept.rfind(b"\n") + 1]
+        if kept != content:
+            atomic.write_file(self.path, kept)
+
+    def write(self, step: int, event: str, fields: Mapping[str, Any], clock: Mapping[str, Any]) -> None:
+        """Append one line, and hand it to the system at once. Raises ResourceError if the file cannot be written.
+
+        Args:
+            step: updates done.
+            event: what the line tells: `train`, `valid` and so on.
+            fields: what a repetition of the run would write again; numbers that are not finite become null.
+            clock: dates, seconds, speeds: all that a repetition would not write again.
+        """
+        line = {"event": event, "step": step, **fields, CLOCK: dict(clock)}
+        content = json.dumps(_plain(line), allow_nan=False) + "\n"
+        with atomic.disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(content.encode())
+
+    def sync(self) -> None:
+        """Flush the lines to the disk, so that they outlive a power cut. Call it before a checkpoint is saved."""
+        if not self.path.exists():
+            return
+        with atomic.disk_errors(self.path), self.path.open("ab") as file:
+            os.fsync(file.fileno())
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of all finished lines. Raises BundleError naming file and line if one is damaged."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{path}: {error.strerror or error}.") from error
+    return [_parse(path, number, line) for number, line in enumerate(content.split(b"\n")[:-1], 1)]
+
+
+def summary(line: Mapping[str, Any]) -> str:
+    """Return a line of the log as one line of text: `train  step 100  loss 3.21  tokens per second 4210`."""
+    fields = {name: value for name, value in line.items() if name not in ("event", CLOCK)} | line[CLOCK]
+    return "  ".join([line["event"], *(f"{name.replace('_', ' ')} {_short(value)}" for name, value in fields.items())])
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise BundleError(f"{path}:{number}: not JSON ({error}); the log is damaged.") from error
+    if not isinstance(value, dict):
+        raise BundleError(f"{path}:{number}: expected a JSON object; the log is damaged.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,33 @@
+"""The machine a command runs on: its cores and its devices."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from encdec_cli.errors import UsageError
+
+
+def use_threads(threads: int) -> int:
+    """Let torch use `threads` threads, or with 0 one for each core this process may use; return the number."""
+    threads = threads or available_cores()
+    torch.set_num_threads(threads)
+    return threads
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process is allowed to run on."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on macOS
+        return os.cpu_count() or 1
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError unless torch can compute on `device`."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0].rstrip(".")
+        raise UsageError(f"--device {device}: torch cannot use it ({reason}); try --device cpu.") from error

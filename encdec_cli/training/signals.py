@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C ask the loop to save and leave; a second Ctrl-C leaves at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from encdec_cli.errors import ExitCode, StoppedError
+
+
+class Stop:
+    """Whether a signal has asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def error(self, message: str) -> StoppedError:
+        """Return the error to leave with: exit 143 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
+        code = ExitCode.INTERRUPTED if self.signal == signal.SIGINT else ExitCode.TERMINATED
+        return StoppedError(message, code)
+
+
+@contextmanager
+def watched() -> Iterator[Stop]:
+    """Catch SIGINT, SIGTERM and SIGHUP inside the block; the handlers of before come back at its end."""
+    stop = Stop()
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if stop and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = number
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

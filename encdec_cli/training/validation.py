@@ -1,0 +1,104 @@
+"""What a model is judged by while it learns: its loss on held-out targets, and a metric on what it decodes."""
+
+from __future__ import annotations
+
+import torch
+
+from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.config import parse_component
+from encdec_cli.data.batch import collate
+from encdec_cli.data.prepare import Prepared
+from encdec_cli.data.sampler import Sampler
+from encdec_cli.errors import StoppedError
+from encdec_cli.evaluation.metrics import Metric, score
+from encdec_cli.generation import WINDOW_BATCHES, Generated, Options, generate
+from encdec_cli.recipe import Recipe
+from encdec_cli.registry import metrics
+from encdec_cli.text.windows import full_windows
+from encdec_cli.training.loss import real_rows, token_loss
+from encdec_cli.training.signals import Stop
+
+_TOKENS = 4096
+
+
+class Validation:
+    """The held-out split of a run, ready to judge a model.
+
+    Raises UsageError at once if the recipe's metric is unknown, before any time is spent on training.
+    """
+
+    def __init__(self, data: Prepared, recipe: Recipe, device: str) -> None:
+        self.metric: Metric = parse_component(recipe.train.metric, metrics, "train.metric")
+        self.device = device
+        self.options = Options(recipe.decoding.config)
+        lines = recipe.train.valid_lines
+        examples = list(data.examples("valid"))
+        self.examples = examples[:lines] if lines else examples
+        self.store = data.store("valid")
+        longest = int(max(self.store.source_lengths.max(), self.store.target_lengths.max())) + 1
+        self.sampler = Sampler(
+            self.store.source_lengths, self.store.target_lengths, max(_TOKENS, longest), data.data_hash, 0
+        )
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether a larger score is a better one."""
+        return self.metric.higher_is_better
+
+    def score(self, scores: dict[str, float]) -> float:
+        """Return the number of `run` by which models are compared: the metric's first."""
+        return scores[self.metric.names[0]]
+
+    def run(self, bundle: Bundle, stop: Stop) -> dict[str, float] | None:
+        """Return loss and scores by name; None if a signal came before they were complete."""
+        bundle.model.eval()
+        try:
+            scores = {"loss": self._loss(bundle, stop)}
+            if not self.metric.needs_model:
+                scores |= self._decoded(bundle, stop)
+        except StoppedError:
+            return None
+        if self.metric.needs_model:
+            scores[self.metric.names[0]] = float(torch.tensor(scores["loss"]).exp())
+        return scores
+
+    @torch.inference_mode()
+    def _loss(self, bundle: Bundle, stop: Stop) -> float:
+        """Return the mean negative log-probability, in nats, of a target token, EOS included."""
+        total, tokens = 0.0, 0
+        model = bundle.model
+        for rows in self.sampler.batches(0):
+            _leave(stop)
+            batch = collate(*self.store.gather(rows), rows.tolist()).to(self.device)
+            target = batch.known_target
+            hidden = model(batch.source, batch.source_mask, target[:, :-1])
+            real, labels = real_rows(hidden, target[:, 1:])
+            loss, number = token_loss(real, model.project, labels, 0.0, ())
+            total, tokens = total + float(loss), tokens + number
+        return total / tokens
+
+    def try_longest(self, bundle: Bundle) -> None:
+        """Decode one batch of the longest sources."""
+        bundle.model.eval()
+        longest = sorted(self.examples, key=lambda example: -len(example.source))[: self.options.batch]
+        list(generate([bundle], [longest], self.options))
+
+    def _decoded(self, bundle: Bundle, stop: Stop) -> dict[str, float]:
+        hypotheses: list[str] = []
+        windows = full_windows(self.examples, self.options.batch * WINDOW_BATCHES)
+        for result in generate([bundle], windows, self.options):
+            _leave(stop)
+            hypotheses.append(first_text(result))
+        references = [[example.target or "" for example in self.examples]]
+        values = score(self.metric, self.metric.statistics(hypotheses, references))
+        return dict(zip(self.metric.names, values, strict=True))
+
+
+def first_text(result: Generated) -> str:
+    """Return the best output, or an empty line for an empty source."""
+    return result.candidates[0].text if result.candidates else ""
+
+
+def _leave(stop: Stop) -> None:
+    if stop:
+        raise stop.error("stopped in validation.")

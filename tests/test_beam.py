@@ -1,0 +1,301 @@
+"""Beam search: worked cases, exhaustive search, a slow search in plain Python, and invariances."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run
+
+from encdec_cli.decoding.beam import Beam
+from encdec_cli.decoding.rules import NoRepeat
+from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.text.vocabulary import BOS, EOS, UNK
+
+GARDEN = {(): {A: 0.6, B: 0.4}, (A,): {A: 0.4, B: 0.3, EOS: 0.3}, (B,): {A: 0.1, EOS: 0.9}}
+"""The best first token leads to a worse end."""
+
+
+def outputs(found):
+    return [(one.tokens, one.finished) for one in found]
+
+
+def test_greedy_walks_down_the_garden_path_and_a_beam_does_not():
+    greedy = run(Beam(beam=1, length_penalty=0), Scripted(GARDEN))[0]
+    assert outputs(greedy) == [([A, A], True)]
+    assert greedy[0].score == pytest.approx(math.log(0.6 * 0.4))
+    beam = run(Beam(beam=2, length_penalty=0), Scripted(GARDEN))[0]
+    assert beam[0].tokens == [B]
+    assert beam[0].score == pytest.approx(math.log(0.4 * 0.9))
+    assert beam[0].token_scores == pytest.approx([math.log(0.4), math.log(0.9)])
+
+
+def test_n_best_stands_in_order():
+    found = run(Beam(beam=4, length_penalty=0), Scripted(GARDEN))[0]
+    assert [one.tokens for one in found] == [[B], [A, A], [A], [A, B]]
+    assert [math.exp(one.score) for one in found] == pytest.approx([0.36, 0.24, 0.18, 0.18])
+
+
+def test_the_length_penalty_chooses_between_short_and_long():
+    # A: .5 x .8 = .4 in 2 tokens; BBB: .5 x .9^3 = .3645 in 4 tokens.
+    table = {
+        **{(): {A: 0.5, B: 0.5}, (A,): {EOS: 0.8, C: 0.2}},
+        **{(B,): {B: 0.9, C: 0.1}, (B, B): {B: 0.9, C: 0.1}, (B, B, B): {EOS: 0.9, C: 0.1}},
+    }
+    short = run(Beam(beam=4, length_penalty=0), Scripted(table))[0][0]
+    assert (short.tokens, short.score) == ([A], pytest.approx(math.log(0.4)))
+    long = run(Beam(beam=4, length_penalty=1), Scripted(table))[0][0]
+    assert (long.tokens, long.score) == ([B, B, B], pytest.approx(math.log(0.3645) / 4))
+
+
+ENDLESS = {tuple([B] * n): {B: 0.9, EOS: 0.1} for n in range(20)}
+
+
+def test_an_endless_output_is_cut_at_its_maximum_and_says_so():
+    found = run(Beam(beam=1), Scripted(ENDLESS, ENDLESS), maximum=[3, 5])
+    assert [outputs(one) for one in found] == [[([B] * 3, False)], [([B] * 5, False)]]
+    assert found[0][0].token_scores == pytest.approx([math.log(0.9)] * 3)
+    assert found[0][0].score == pytest.approx(math.log(0.9))
+
+
+def test_eos_may_follow_right_after_the_last_allowed_token():
+    table = {(): {A: 1.0}, (A,): {A: 1.0}, (A, A): {EOS: 1.0}}
+    assert outputs(run(Beam(beam=1), Scripted(table), maximum=2)[0]) == [([A, A], True)]
+
+
+def test_unfinished_outputs_come_last_and_only_fill_up():
+    # With a beam of 2 each step has EOS as its second candidate: two of them end the search.
+    assert outputs(run(Beam(beam=2), Scripted(ENDLESS), maximum=9)[0]) == [([B], True), ([], True)]
+    # Only one fits before the maximum of 0; the row itself has ended, so nothing is left to fill up with.
+    assert outputs(run(Beam(beam=2), Scripted(ENDLESS), maximum=0)[0]) == [([], True)]
+    # EOS is third: it is never among the best two.
+    table = {prefix: {A: 0.5, B: 0.3, EOS: 0.2} for prefix in [(), (A,), (B,), (A, A), (A, B), (B, A), (B, B)]}
+    found = run(Beam(beam=2), Scripted(table), maximum=1)[0]
+    assert outputs(found) == [([A], False), ([B], False)]
+    # A finished output stands before an unfinished one with a better score.
+    table = {(): {EOS: 0.1, A: 0.9}, (A,): {A: 0.9, B: 0.06, EOS: 0.04}}
+    found = run(Beam(beam=2), Scripted(table), maximum=1)[0]
+    assert outputs(found) == [([], True), ([A], False)]
+    assert found[0].score < found[1].score
+
+
+def test_a_minimum_of_one_forbids_an_empty_output():
+    table = {(): {EOS: 0.9, A: 0.1}}
+    assert outputs(run(Beam(beam=1), Scripted(table))[0]) == [([], True)]
+    found = run(Beam(beam=1, length_penalty=0), Scripted(table), minimum=1)[0]
+    assert outputs(found) == [([A], True)]
+    assert found[0].score == pytest.approx(math.log(0.1))  # not renormalised
+
+
+def test_each_sentence_has_its_own_minimum():
+    table = {tuple([A] * n): {EOS: 0.7, A: 0.3} for n in range(9)}
+    found = run(Beam(beam=1), Scripted(table, table, table), minimum=[0, 3, 2])
+    assert [len(one[0].tokens) for one in found] == [0, 3, 2]
+
+
+def test_unk_is_never_written():
+    found = run(Beam(beam=2, length_penalty=0), Scripted({(): {UNK: 0.8, A: 0.15, B: 0.05}}))[0]
+    assert [one.tokens for one in found] == [[A], [B]]
+    assert found[0].score == pytest.approx(math.log(0.15))
+
+
+def test_equal_scores_go_to_the_lowest_token():
+    table = {(): {C: 0.25, B: 0.25, A: 0.25, EOS: 0.25}}
+    assert [one.tokens for one in run(Beam(beam=4, length_penalty=0), Scripted(table))[0]] == [[], [A], [B], [C]]
+    assert run(Beam(beam=1), Scripted(table), minimum=1)[0][0].tokens == [A]
+
+
+def test_no_repeat_changes_the_output():
+    table = {tuple([A] * n): {A: 0.9, B: 0.06, EOS: 0.04} for n in range(9)}
+    assert run(Beam(beam=1), Scripted(table), maximum=4)[0][0].tokens == [A] * 4
+    found = run(Beam(beam=1), Scripted(table), maximum=6, rules=[NoRepeat(size=2)])[0]
+    assert outputs(found) == [([A, A, B], True)]
+
+
+def test_a_rule_that_forbids_everything_leaves_what_was_written():
+    def stop(scores, prefix):
+        return scores if prefix.shape[1] < 2 else torch.full_like(scores, -torch.inf)
+
+    found = run(Beam(beam=2), Scripted(ENDLESS, GARDEN), rules=[stop], minimum=2)
+    assert outputs(found[0]) == [([B, B], False)]
+    assert outputs(found[1]) == [([A, A], False), ([A, B], False)]
+
+
+def test_a_rule_that_changes_nothing_changes_nothing():
+    model, lines = TinyGru(), [[5, 6, 7, EOS], [20, EOS], [9, 9, EOS]]
+    with_rule = run(Beam(beam=4), model, lines=lines, rules=[lambda scores, prefix: scores])
+    assert with_rule == run(Beam(beam=4), model, lines=lines)
+
+
+def test_the_prefix_a_rule_sees_is_the_one_written():
+    seen = []
+
+    def look(scores, prefix):
+        seen.append(prefix.tolist())
+        return scores
+
+    run(Beam(beam=1), Scripted(GARDEN), rules=[look])
+    assert seen == [[[]], [[A]], [[A, A]]]
+
+
+@pytest.mark.parametrize("wrong", [{"beam": 0}, {"length_penalty": math.nan}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Beam(**wrong)
+
+
+def test_a_stepper_of_another_beam_is_refused():
+    with pytest.raises(ValueError, match="has 2 rows a sentence, the search needs 3"):
+        Beam(beam=3)(Stepper([Scripted(GARDEN)], *pad([[4, EOS]]), beam=2), bounds(1, 5), [])
+
+
+# Random tables -------------------------------------------------------------------------------------
+
+
+def random_table(seed: int) -> Callable[[tuple[int, ...]], Sequence[float]]:
+    """Scores that are a pure function of (seed, prefix), so that no table has to be stored."""
+
+    @cache
+    def row(prefix: tuple[int, ...]) -> list[float]:
+        key = seed
+        for token in (*prefix, 99):
+            key = (key * 1000003 + token) % (2**31 - 1)
+        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(key)).mul(1.5).tolist()
+
+    return row
+
+
+def log_softmax(row: Sequence[float]) -> list[float]:
+    total = math.log(sum(math.exp(x) for x in row))
+    return [x - total for x in row]
+
+
+def exhaustive(table, maximum: int, minimum: int, penalty: float) -> list[tuple[float, list[int]]]:
+    """Every output of at most `maximum` tokens, best first."""
+    found, prefixes = [], [((), 0.0)]
+    for length in range(maximum + 1):
+        longer = []
+        for prefix, score in prefixes:
+            row = log_softmax(table(prefix))
+            if length >= minimum:
+                found.append(((score + row[EOS]) / (length + 1) ** penalty, list(prefix)))
+            longer += [((*prefix, token), score + row[token]) for token in (A, B, C)]
+        prefixes = longer
+    return sorted(found, reverse=True)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 2), st.sampled_from([0.0, 0.6, 1.0, 2.0]))
+def test_a_beam_wide_enough_is_exhaustive_search(seed, maximum, minimum, penalty):
+    table = random_table(seed)
+    wanted = exhaustive(table, maximum, minimum, penalty)
+    # 81 outputs of four tokens, each with four ways to go on: with 324 rows nothing is ever dropped.
+    found = run(Beam(beam=324, length_penalty=penalty), Scripted(table), maximum=maximum, minimum=minimum)[0]
+    finished = [one for one in found if one.finished]
+    assert [one.tokens for one in finished] == [tokens for _, tokens in wanted]
+    assert [one.score for one in finished] == pytest.approx([score for score, _ in wanted], abs=1e-5)
+    assert found[: len(finished)] == finished
+
+
+def slow_beam(table, size: int, limits: tuple[int, int], penalty: float) -> list[tuple[list[int], float, bool]]:
+    """One sentence, plain Python, from the words in which `Beam` describes itself."""
+    minimum, maximum = limits
+    live, found = [((), 0.0)], []
+    for length in range(maximum + 1):
+        candidates = []
+        for prefix, score in live:
+            row = log_softmax(table(prefix))
+            allowed = [A, B, C] if length < minimum else [EOS, A, B, C]
+            candidates += [(score + row[token], prefix, token) for token in allowed]
+        candidates = sorted(candidates, reverse=True)[: 2 * size]
+        ended = [(score, prefix) for score, prefix, token in candidates[:size] if token == EOS]
+        found += [(list(prefix), score / (length + 1) ** penalty, True) for score, prefix in ended]
+        if len(found) >= size:
+            break
+        if length == maximum:
+            left = [pair for pair in live if pair[0] not in {prefix for _, prefix in ended}]
+            left = sorted(left, key=lambda pair: -pair[1])[: size - len(found)]
+            found += [(list(prefix), score / max(1, length) ** penalty, False) for prefix, score in left]
+        live = [((*prefix, token), score) for score, prefix, token in candidates if token != EOS][:size]
+    return sorted(found, key=lambda one: (not one[2], -one[1]))[:size]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.sampled_from([0.0, 1.0]),
+)
+def test_a_batch_is_searched_as_its_sentences_one_by_one_in_plain_python(sentences, size, penalty):
+    tables = [random_table(seed) for seed, _, _ in sentences]
+    low, high = [low for _, low, _ in sentences], [high for _, _, high in sentences]
+    found = run(Beam(beam=size, length_penalty=penalty), Scripted(*tables), maximum=high, minimum=low)
+    for table, limits, ours in zip(tables, zip(low, high, strict=True), found, strict=True):
+        wanted = slow_beam(table, size, limits, penalty)
+        assert outputs(ours) == [(tokens, finished) for tokens, _, finished in wanted]
+        assert [one.score for one in ours] == pytest.approx([score for _, score, _ in wanted], abs=1e-5)
+        for one in ours:
+            length = len(one.token_scores)
+            assert sum(one.token_scores) / max(1, length) ** penalty == pytest.approx(one.score, abs=1e-5)
+
+
+@pytest.mark.parametrize("beam", [1, 4])
+def test_finished_sentences_leave_the_batch_and_change_nothing(beam):
+    lengths = [1, 30, 2, 3, 12, 2, 5, 28, 1, 9]
+    tables = [
+        {tuple([A] * n): ({EOS: 0.9, B: 0.1} if n >= length else {A: 0.9, B: 0.1}) for n in range(40)}
+        for length in lengths
+    ]
+    model = Scripted(*tables)
+    together = run(Beam(beam=beam), model, maximum=35)
+    sizes = model.states[0].sizes
+    assert sizes[0] == 10 * beam
+    assert sizes[-1] < 10 * beam
+    assert sizes == sorted(sizes, reverse=True)
+    if beam == 1:
+        assert [found[0].tokens for found in together] == [[A] * length for length in lengths]
+    for place in range(len(lengths)):
+        assert run(Beam(beam=beam), model, maximum=35, lines=[[4 + place, EOS]])[0] == together[place]
+
+
+def test_nothing_moves_while_few_are_done():
+    short = {(): {EOS: 1.0}}
+    long = {tuple([A] * n): ({EOS: 1.0} if n == 9 else {A: 1.0}) for n in range(10)}
+    model = Scripted(short, *[long] * 9)
+    run(Beam(beam=1), model)
+    assert model.states[0].sizes == [10]
+
+
+@pytest.mark.parametrize("beam", [1, 5])
+def test_padding_order_and_batch_mates_change_nothing(beam):
+    model = TinyGru()
+    lines = [[(7 * i * j) % 140 + 5 for j in range(1, 2 + i % 5)] + [EOS] for i in range(23)]
+    maximum = [3 + 2 * (i % 7) for i in range(23)]
+    together = run(Beam(beam=beam), model, maximum=maximum, lines=lines)
+    backwards = run(Beam(beam=beam), model, maximum=maximum[::-1], lines=lines[::-1])[::-1]
+    for place, line in enumerate(lines):
+        alone = run(Beam(beam=beam), model, maximum=[maximum[place]], lines=[line])[0]
+        source, mask = pad([line], extra=4)
+        padded = Beam(beam=beam)(Stepper([model], source, mask, beam), bounds(1, maximum[place]), [])[0]
+        for other in (backwards[place], alone, padded):
+            assert outputs(other) == outputs(together[place])
+            assert [one.score for one in other] == pytest.approx([one.score for one in together[place]], abs=1e-5)
+
+
+def test_a_beam_of_one_takes_the_best_token_each_time():
+    model, lines = TinyGru(), [[5, 6, 7, EOS], [20, EOS], [9, 9, 30, 31, EOS]]
+    found = run(Beam(beam=1), model, maximum=8, lines=lines)
+    for line, hypotheses in zip(lines, found, strict=True):
+        written = [BOS]
+        with torch.no_grad():
+            while len(written) <= 9 and written[-1] != EOS:
+                hidden = model(*pad([line]), torch.tensor([written]))
+                logits = model.project(hidden[0, -1:])[0]
+                logits[[0, 1, 2]] = -torch.inf
+                written.append(int(logits.argmax()))
+        assert hypotheses[0].tokens == [token for token in written[1:9] if token != EOS]

@@ -1,0 +1,215 @@
+"""The optimizer and the schedules against torch.optim and against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.training.optimizer import AdamSettings, Optimizer
+from encdec_cli.training.precision import choose
+from encdec_cli.training.schedule import learning_rate
+
+DECAY = AdamSettings("adamw", weight_decay=0.1)
+NO_DECAY = AdamSettings("adamw")
+
+
+def made(model: nn.Module, settings: AdamSettings = DECAY, dtype: str = "fp32") -> Optimizer:
+    """An optimizer, and the model cast after it, as the trainer does it."""
+    optimizer = Optimizer(model.named_parameters(), settings)
+    choose(dtype, "cpu").apply(model)
+    return optimizer
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.LayerNorm(9), nn.Linear(9, 4))
+
+
+def give_gradients(model: nn.Module, seed: int, scale: float = 1.0) -> None:
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = (torch.randn(parameter.shape, generator=random) * scale).to(parameter.dtype)
+
+
+def update(model: nn.Module, optimizer: Optimizer, seed: int, rate: float = 0.01) -> None:
+    give_gradients(model, seed)
+    optimizer.collect()
+    optimizer.step(rate)
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_equals_torch_for_many_steps_with_decay_of_matrices_only(name: str) -> None:
+    ours, theirs = network(), network()
+    optimizer = made(ours, AdamSettings(name, weight_decay=0.1))
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    reference = kind(groups, lr=1.0, betas=(0.9, 0.98), eps=1e-8, foreach=False)
+    for step in range(1, 41):
+        rate = 0.01 / step
+        update(ours, optimizer, step, rate)
+        give_gradients(theirs, step)
+        for group in reference.param_groups:
+            group["lr"] = rate
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_first_step_of_adam_by_hand() -> None:
+    # Without decay the first step of Adam is `rate` against the sign of the gradient.
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0)
+    optimizer = made(model, AdamSettings("adam"))
+    model.weight.grad = torch.tensor([[0.5, -3.0]])
+    optimizer.collect()
+    optimizer.step(0.25)
+    torch.testing.assert_close(model.weight.detach(), torch.tensor([[0.75, 1.25]]))
+
+
+def test_bf16_parameters_are_the_rounded_masters() -> None:
+    model, exact = network(), network()
+    initial = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer, reference = made(model, dtype="bf16"), made(exact)
+    assert all(p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(torch.equal(optimizer.masters()[name], value) for name, value in initial.items())
+    for seed in range(30):
+        update(model, optimizer, seed, rate=1e-5)  # far below what bf16 could add to a weight
+        give_gradients(exact, seed)
+        for parameter in exact.parameters():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad.bfloat16().float()
+        reference.collect()
+        reference.step(1e-5)
+    for name, parameter in model.named_parameters():
+        master = optimizer.masters()[name]
+        assert master.dtype == torch.float32
+        assert torch.equal(parameter, master.bfloat16())
+        assert not torch.equal(master, initial[name])
+        assert torch.equal(master, exact.get_parameter(name))
+
+
+def test_micro_batches_are_summed_in_fp32() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    optimizer = made(model, dtype="bf16")
+    for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
+        model.weight.grad = torch.tensor([[value]], dtype=torch.bfloat16)
+        optimizer.collect()
+        assert model.weight.grad is None
+    assert optimizer.clip() == 258.0
+
+
+def test_clip_equals_torch() -> None:
+    ours, theirs = network(), network()
+    optimizer = made(ours, NO_DECAY)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
+    for seed, scale in enumerate((3.0, 0.001, 0.5)):
+        give_gradients(ours, seed, scale)
+        give_gradients(theirs, seed, scale)
+        optimizer.collect()
+        norm = optimizer.clip(1.0)
+        assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)), rel=1e-5)
+        optimizer.step(0.01)
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_is_seen_before_the_update(bad: float) -> None:
+    model = network()
+    optimizer = made(model)
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    give_gradients(model, 1)
+    weight = model.get_parameter("0.weight")
+    assert weight.grad is not None
+    weight.grad[0, 0] = bad
+    optimizer.collect()
+    assert not math.isfinite(optimizer.clip(1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state().items())
+    optimizer.discard()
+    update(model, optimizer, 2)
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_restored_state_goes_on_with_the_same_bytes(dtype: str) -> None:
+    unbroken = network()
+    optimizer = made(unbroken, dtype=dtype)
+    for seed in range(7):
+        update(unbroken, optimizer, seed)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    resumed = network()
+    nn.init.zeros_(resumed.get_parameter("0.weight"))
+    other = made(resumed, dtype=dtype)
+    other.load(saved)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in other.state().items())
+    for seed in range(7, 12):
+        update(unbroken, optimizer, seed)
+        update(resumed, other, seed)
+    for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert other.updates == 12
+
+
+def test_the_names_of_the_state() -> None:
+    optimizer = made(nn.Linear(2, 2))
+    kinds = ("master", "moment1", "moment2")
+    assert optimizer.state().keys() == {"step"} | {f"{kind}.{name}" for kind in kinds for name in ("weight", "bias")}
+
+
+def test_a_state_of_another_model_is_refused_and_changes_nothing() -> None:
+    optimizer = made(nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    with pytest.raises(BundleError, match=r"lacks 'master\.bias'"):
+        optimizer.load(made(nn.Linear(2, 2, bias=False)).state())
+    with pytest.raises(BundleError, match=r"\[3, 2\], expected torch.float32 \[2, 2\]"):
+        optimizer.load(made(nn.Linear(2, 3)).state())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state().items())
+
+
+def test_frozen_parameters_stay_and_unused_ones_do_no_harm() -> None:
+    model = network()
+    model.get_parameter("0.weight").requires_grad_(False)
+    frozen = model.get_parameter("0.weight").clone()
+    optimizer = made(model, NO_DECAY)
+    unused = model.get_parameter("3.bias").detach().clone()
+    give_gradients(model, 1)
+    model.get_parameter("3.bias").grad = None
+    optimizer.collect()
+    optimizer.step(0.01)
+    assert torch.equal(model.get_parameter("0.weight"), frozen)
+    assert torch.equal(model.get_parameter("3.bias").detach(), unused)
+    assert "master.0.weight" not in optimizer.state()
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("inverse_sqrt", {1: 0.25, 2: 0.5, 4: 1.0, 16: 0.5, 64: 0.25}),
+        ("cosine", {1: 0.25, 4: 1.0, 8: 0.75, 10: 0.5, 12: 0.25, 16: 0.0, 20: 0.0}),
+        ("linear", {1: 0.25, 4: 1.0, 7: 0.75, 10: 0.5, 16: 0.0, 20: 0.0}),
+        ("constant", {1: 0.25, 4: 1.0, 5: 1.0, 100: 1.0}),
+    ],
+)
+def test_schedules_by_hand(kind: str, rates: dict[int, float]) -> None:
+    for step, rate in rates.items():
+        assert learning_rate(step, kind, 2e-3, 4, 16) == pytest.approx(2e-3 * rate, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["inverse_sqrt", "cosine", "linear", "constant"])
+def test_schedules_without_warmup_start_near_the_peak_and_never_rise(kind: str) -> None:
+    rates = [learning_rate(step, kind, 1.0, 0, 50) for step in range(1, 51)]
+    assert rates[0] > 0.97
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_an_unknown_schedule_names_the_nearest() -> None:
+    with pytest.raises(UsageError, match="did you mean 'cosine'"):
+        learning_rate(1, "cosin", 1.0, 0, 10)
