@@ -89,12 +89,12 @@ def check_ensemble(bundles: Sequence[Bundle]) -> None:
                 )
 
 
-def length_limit(formula: str, source_length: int) -> int:
-    """Return the most tokens that `formula` (`2x+20`, `1.5x`, `200`) allows for a source of x tokens.
+def length_limit(formula: int | str, source_length: int) -> int:
+    """Return the most tokens that `formula` (`2x+20`, `1.5x`, 200) allows for a source of x tokens.
 
     Raises UsageError if the formula is none.
     """
-    match = _FORMULA.fullmatch(formula.replace(" ", ""))
+    match = _FORMULA.fullmatch(str(formula).replace(" ", ""))
     if match is None or not any(match.groupdict().values()):
         raise UsageError(f"max_length: expected a formula such as '2x+20', '1.5x' or '200', found '{formula}'.")
     return max(1, int(float(match["factor"] or 0) * source_length) + int((match["plus"] or "0").lstrip("+")))
@@ -109,6 +109,11 @@ def generate(bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], op
     length_limit(options.strategy.max_length, 1)
     for window in windows:
         yield from _decode_window(bundles, window, options)
+
+
+def first_text(result: Generated) -> str:
+    """Return the best output, or an empty line for an empty source."""
+    return result.candidates[0].text if result.candidates else ""
 
 
 def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], options: Options) -> Iterator[Generated]:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from encdec_cli import config, config_explain
-from encdec_cli.config import Chosen, Component, Mistakes, Unchecked
-from encdec_cli.config_schema import plain_value
-from encdec_cli.config_yaml import Node, Place, from_plain
+from encdec_cli.config import Chosen, Component, Unchecked, loader
+from encdec_cli.config import explain as explained
+from encdec_cli.config.mistakes import Mistakes
+from encdec_cli.config.schema import plain_value
+from encdec_cli.config.tree import Node, Place, from_plain
 from encdec_cli.errors import UsageError
 from encdec_cli.registry import Plugin, corpora, load_environment_plugins, load_plugin, models, strategies, tasks
 
@@ -117,9 +117,9 @@ class Recipe:
 
     plugins: list[str] = field(default_factory=list)
     """Python files that register components of your own; paths are relative to the recipe."""
-    task: Annotated[Component, Chosen(tasks)]
+    task: Annotated[Component, Chosen(tasks, example="translation")]
     """What is learned: how a line becomes the text a model reads, and its output a line."""
-    data: Annotated[Component, Chosen(corpora)]
+    data: Annotated[Component, Chosen(corpora, example="cldr")]
     """Where the examples come from."""
     text: Text = field(default_factory=Text)
     """How text becomes tokens, and what becomes of examples that are too long."""
@@ -156,11 +156,11 @@ def load(
         UsageError: naming every mistake as `file:line:column: key: what`.
     """
     mistakes = Mistakes()
-    tree = config.read(path, overrides, mistakes)
+    tree = loader.read(path, overrides, mistakes)
     loaded = load_environment_plugins() + [load_plugin(plugin) for plugin in plugins]
     loaded += _load_plugins(tree, path.parent, mistakes)
     checked = None if sections is None else {"plugins", *sections}
-    return config.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
+    return loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
 
 
 def _load_plugins(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
@@ -193,7 +193,7 @@ def from_resolved(value: Any, source: str = "recipe", sections: Collection[str] 
     """
     tree = from_plain(value, Place(0, 0, source))
     checked = None if sections is None else {"plugins", *sections}
-    return config.build(tree, Recipe, Mistakes(), checked)
+    return loader.build(tree, Recipe, Mistakes(), checked)
 
 
 def resolved(recipe: Recipe, sections: Collection[str] = SECTIONS) -> dict[str, Any]:
@@ -216,16 +216,9 @@ def fingerprint(recipe: Recipe, sections: Collection[str]) -> str:
 
 def json_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, with which editors complete and check it; imports every built-in."""
-    return config_explain.json_schema(Recipe)
+    return explained.json_schema(Recipe)
 
 
 def explain() -> str:
     """Return every key as a commented recipe of the defaults; imports every built-in."""
-    return config_explain.explain(Recipe)
-
-
-def threads(recipe: Recipe) -> int:
-    """Return the number of CPU threads that a recipe asks for."""
-    if recipe.train.threads:
-        return recipe.train.threads
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return explained.recipe_text(Recipe)

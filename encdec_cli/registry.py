@@ -119,7 +119,7 @@ class Registry(Generic[T]):
         distribution = point.dist.name if point.dist else "unknown distribution"
         try:
             component: T = point.load()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Whatever a stranger's package raises at import must not take the command down unexplained.
             raise UsageError(
                 f"{self.kind} '{point.name}' of the installed package {distribution} does not load: "
@@ -204,7 +204,7 @@ def load_plugin(path: Path) -> Plugin:
         sys.modules[name] = module  # dataclasses look their module up by name
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             if isinstance(error, UsageError):
                 raise

@@ -57,7 +57,11 @@ def start(*arguments: str | Path, cwd: Path | None = None, **options) -> subproc
 
 
 def encdec(
-    *arguments: str | Path, stdin: str | bytes | None = None, cwd: Path | None = None, timeout: float = 300, **changes: str
+    *arguments: str | Path,
+    stdin: str | bytes | None = None,
+    cwd: Path | None = None,
+    timeout: float = 300,
+    **changes: str,
 ) -> subprocess.CompletedProcess[str]:
     """Run `encdec` to its end. Without `stdin` it reads the null device."""
     content = stdin.encode() if isinstance(stdin, str) else stdin

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.models.model import Memory, Model
+from encdec_cli.models.transformer import Transformer
 from encdec_cli.text.vocabulary import EOS
 
 A, B, C = 4, 5, 6
@@ -117,6 +118,17 @@ class TinyGru(Model):
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)
+
+
+def tiny_transformer(vocab: int = 150, seed: int = 1) -> Transformer:
+    """Return a random Transformer whose outputs are neither endless nor all alike."""
+    torch.manual_seed(seed)
+    config = Transformer.Config(encoder_layers=1, decoder_layers=2, d_model=16, heads=2, feed_forward=32)
+    model = Transformer(config, vocab, vocab)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.5)
+    return model.eval()
 
 
 def pad(lines: Sequence[Sequence[int]], extra: int = 0) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run
+from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_transformer
 
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.rules import NoRepeat
@@ -272,8 +272,9 @@ def test_nothing_moves_while_few_are_done():
 
 
 @pytest.mark.parametrize("beam", [1, 5])
-def test_padding_order_and_batch_mates_change_nothing(beam):
-    model = TinyGru()
+@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
+def test_padding_order_and_batch_mates_change_nothing(build, beam):
+    model = build()
     lines = [[(7 * i * j) % 140 + 5 for j in range(1, 2 + i % 5)] + [EOS] for i in range(23)]
     maximum = [3 + 2 * (i % 7) for i in range(23)]
     together = run(Beam(beam=beam), model, maximum=maximum, lines=lines)
@@ -287,8 +288,9 @@ def test_padding_order_and_batch_mates_change_nothing(beam):
             assert [one.score for one in other] == pytest.approx([one.score for one in together[place]], abs=1e-5)
 
 
-def test_a_beam_of_one_takes_the_best_token_each_time():
-    model, lines = TinyGru(), [[5, 6, 7, EOS], [20, EOS], [9, 9, 30, 31, EOS]]
+@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
+def test_a_beam_of_one_takes_the_best_token_each_time(build):
+    model, lines = build(), [[5, 6, 7, EOS], [20, EOS], [9, 9, 30, 31, EOS]]
     found = run(Beam(beam=1), model, maximum=8, lines=lines)
     for line, hypotheses in zip(lines, found, strict=True):
         written = [BOS]

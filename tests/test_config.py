@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encdec_cli import config, config_yaml, recipe
-from encdec_cli.config import Chosen, Component, Unchecked, parse_component
-from encdec_cli.config_schema import descriptions
-from encdec_cli.config_yaml import Place, PlacedError
+from encdec_cli import config, recipe
+from encdec_cli.config import Chosen, Component, Unchecked, loader, parse_component
+from encdec_cli.config import tree as yaml_tree
+from encdec_cli.config.mistakes import Mistakes
+from encdec_cli.config.schema import descriptions
+from encdec_cli.config.tree import Place, PlacedError
 from encdec_cli.errors import UsageError
 from encdec_cli.registry import Registry
 
@@ -120,7 +122,7 @@ WRONG = {
     "not a number": (GOOD + "train: {rate: .nan}", "r.yaml:2:15: train.rate: expected a finite number, found nan"),
     "yes is a word": (GOOD + "train: {shared: yes}", "r.yaml:2:17: train.shared: expected true or false, found 'yes'"),
     "number for word": (GOOD + "train: {label: 3}", "r.yaml:2:16: train.label: expected str, found 3"),
-    "nothing for int": (GOOD + "train: {steps: }", "r.yaml:2:9: train.steps: expected int, found nothing"),
+    "nothing for int": (GOOD + "train: {steps: }", "r.yaml:2:15: train.steps: expected int, found nothing"),
     "choice": (
         GOOD + "model: {norm: prae}",
         "r.yaml:2:15: model.norm: expected 'pre' or 'post', found 'prae' (did you mean 'pre'?)",
@@ -166,6 +168,7 @@ WRONG = {
         "data: {name: pairs, range: [1]}",
         "r.yaml:1:28: data.range[1]: missing",
     ),
+    "a key of several lines": (GOOD + '"a\\nb.yaml:1:1: c": 2', "r.yaml:2:1: a\\nb.yaml:1:1: c: unknown key"),
     "root is a list": ("- a", "r.yaml:1:1: expected sections such as 'train:', found a list"),
     "root is a word": ("hello", "r.yaml:1:1: expected sections such as 'train:', found 'hello'"),
     "duplicate key": (
@@ -192,7 +195,7 @@ WRONG = {
     "NUL": ("data: a\0b", "r.yaml:1:8: a character that YAML does not allow in a file"),
     "control characters are shown, not sent": (
         GOOD + 'train: {label: 1, "a\\e[31m": 2}',
-        "r.yaml:2:16: train.label: expected str, found 1\nr.yaml:2:19: train.a\x1b[31m: unknown key",
+        "r.yaml:2:16: train.label: expected str, found 1\nr.yaml:2:19: train.a\\x1b[31m: unknown key",
     ),
 }
 
@@ -328,31 +331,31 @@ SCALARS = [
 
 @pytest.mark.parametrize(("text", "value"), SCALARS)
 def test_scalars_follow_yaml_1_2(text, value):
-    found = config_yaml.scalar(text)
+    found = yaml_tree.scalar(text)
     assert found == value
     assert type(found) is type(value)
 
 
 def test_quoted_scalars_stay_words():
-    tree = config_yaml.parse("""{a: '1', b: "true", c: 'no'}""", "x")
-    assert config_yaml.plain(tree) == {"a": "1", "b": "true", "c": "no"}
+    tree = yaml_tree.parse("""{a: '1', b: "true", c: 'no'}""", "x")
+    assert yaml_tree.plain(tree) == {"a": "1", "b": "true", "c": "no"}
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- "])
 def test_endless_nesting_is_refused(opening):
     with pytest.raises(PlacedError, match="nested deeper than 50 levels"):
-        config_yaml.parse(opening * 20_000, "x")
+        yaml_tree.parse(opening * 20_000, "x")
 
 
 def test_a_bomb_of_aliases_is_refused_at_once():
     lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
     with pytest.raises(PlacedError, match="anchors"):
-        config_yaml.parse("\n".join(lines), "x")
+        yaml_tree.parse("\n".join(lines), "x")
 
 
 def test_files_that_are_no_recipes(tmp_path):
     big = tmp_path / "big.yaml"
-    big.write_bytes(b"#" * (config_yaml.LIMIT + 1))
+    big.write_bytes(b"#" * (yaml_tree.LIMIT + 1))
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"data: x\ntask: caf\xe9\n")
     cases = {
@@ -377,7 +380,7 @@ def test_a_byte_order_mark_is_no_key(tmp_path):
 def test_any_text_is_a_tree_or_one_placed_mistake(text):
     mistakes = []
     try:
-        config_yaml.parse(text, "x")
+        yaml_tree.parse(text, "x")
     except PlacedError as error:
         mistakes.append(str(error.place))
     assert all(re.match(r"x:\d+:\d+$", place) for place in mistakes)
@@ -392,7 +395,7 @@ json_values = st.recursive(
 
 @given(json_values)
 def test_what_is_written_reads_back(value):
-    found = config_yaml.plain(config_yaml.parse(config_yaml.write(value), "x"))
+    found = yaml_tree.plain(yaml_tree.parse(yaml_tree.write(value), "x"))
     assert found == value
     assert json.dumps(found) == json.dumps(value)
 
@@ -408,13 +411,14 @@ steps = st.builds(
 )
 
 
+@settings(max_examples=30)
 @given(steps)
 def test_overrides_round_trip(wanted):
-    tree = config_yaml.parse(GOOD, "x")
-    mistakes = config.Mistakes()
+    tree = yaml_tree.parse(GOOD, "x")
+    mistakes = Mistakes()
     for key, value in vars(wanted).items():
-        config.override(tree, f"train.{key}={config_yaml.write(value)}")
-    assert config.build(tree, Plan, mistakes).train == wanted
+        loader.override(tree, f"train.{key}={yaml_tree.write(value)}")
+    assert loader.build(tree, Plan, mistakes).train == wanted
 
 
 COMPONENTS = {
@@ -508,7 +512,7 @@ def test_a_recipe_brings_its_plugin_and_its_resolved_form_reads_back(tmp_path):
     assert (again.task, again.text, again.train) == (loaded.task, loaded.text, loaded.train)
     with pytest.raises(UsageError, match=r"^bundle.json: text.next: unknown key"):
         recipe.from_resolved({**plain, "text": {"next": 1}}, "bundle.json", sections)
-    with pytest.raises(TypeError, match="section 'model' was not loaded"):
+    with pytest.raises(TypeError, match="section 'data' was not loaded"):
         recipe.resolved(loaded)
 
 

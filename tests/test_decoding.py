@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run
+from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_transformer
 
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.force import score_targets
@@ -187,8 +187,9 @@ def test_score_targets_is_the_plain_log_softmax_whatever_the_chunk(monkeypatch):
 
 
 @pytest.mark.parametrize("members", [1, 2])
-def test_the_score_of_a_search_is_the_score_of_teacher_forcing(members):
-    models = [TinyGru(seed=seed) for seed in range(members)]
+@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
+def test_the_score_of_a_search_is_the_score_of_teacher_forcing(build, members):
+    models = [build(seed=seed) for seed in range(members)]
     lines = [[5, 6, 7, EOS], [20, EOS], [9, 9, 30, 31, EOS]]
     found = run(Beam(beam=3, length_penalty=0.7), models, maximum=[4, 12, 9], lines=lines)
     source, mask = pad(lines)

@@ -17,26 +17,31 @@ MAX_FILE, MAX_FUNCTION, MAX_NESTING, MAX_BRANCHES, MAX_PARAMETERS = 400, 60, 4, 
 LAYERS: dict[str, set[str]] = {
     "__init__": set(),
     "errors": set(),
-    "registry": {"errors"},
-    "atomic": {"errors"},
-    "config": {"errors", "registry"},
-    "text": {"errors"},
-    "corpora": {"errors", "atomic", "text"},
-    "tasks": {"errors", "text"},
-    "data": {"errors", "atomic", "text", "corpora", "tasks"},
+    "registry": set(),
+    "atomic": set(),
+    "config": {"config_explain", "config_mistakes", "config_schema", "config_yaml"},
+    "config_explain": {"config", "config_schema", "config_yaml"},
+    "config_mistakes": {"config_schema", "config_yaml"},
+    "config_schema": {"config_yaml"},
+    "config_yaml": set(),
+    "text": {"atomic"},
+    "corpora": {"atomic", "text"},
+    "tasks": {"text"},
+    "data": {"atomic", "text", "corpora", "tasks"},
     "models": set(),
     "decoding": {"models.model", "text.vocabulary"},
     "testing": {"models.model", "decoding"},
-    "recipe": {"errors", "registry", "config", "text", "tasks", "decoding.hypothesis"},
-    "bundle": {"__init__", "errors", "registry", "atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
-    "generation": {"errors", "text", "tasks", "data", "decoding", "bundle"},
-    "evaluation": {"errors", "text", "data", "bundle", "generation", "models.model", "decoding"},
+    "recipe": {"config", "config_explain", "config_schema", "config_yaml"},
+    "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
+    "generation": {"text", "tasks", "data", "decoding", "bundle"},
+    "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},
     "training": {
-        *("__init__", "errors", "registry", "atomic", "recipe", "text", "tasks", "data", "models", "decoding"),
+        *("atomic", "config", "recipe", "text", "tasks", "data", "models", "decoding"),
         *("bundle", "generation", "evaluation"),
     },
 }
-TORCH_FREE = {"errors", "registry", "atomic", "config", "recipe", "text", "corpora", "tasks", "cli"}
+BELOW_ALL = {"__init__", "errors", "registry"}
+TORCH_FREE = {"atomic", "config", "recipe", "text", "corpora", "tasks", "cli"}
 
 
 def name_of(path: Path) -> str:
@@ -79,7 +84,7 @@ def test_imports_point_down():
         allowed = LAYERS[layer]
         for target in imports(path):
             top = target.split(".")[0]
-            if top != layer and top not in allowed and target not in allowed:
+            if top != layer and top not in allowed and target not in allowed and top not in BELOW_ALL:
                 wrong.append(f"{name} imports {target}")
     assert not wrong
 
@@ -170,9 +175,9 @@ def test_typical_sizes():
 FORBIDDEN = {
     r"\bgetattr\([^()]*,[^()]*,": "getattr with a default",
     r"\b(import|from) (pickle|marshal|shelve|dill)\b": "something that unpickles",
-    r"\btorch\.(load|save)\(": "torch.load or torch.save",
+    r"(?<!safetensors\.)\btorch\.(load|save)\(": "torch.load or torch.save",
     r"\byaml\.(load|full_load|unsafe_load)\(": "an unsafe YAML loader",
-    r"\b(eval|exec)\(": "eval or exec",
+    r"(?<!\.)\b(eval|exec)\(": "eval or exec",
     r"shell=True": "a shell",
     r"\.splitlines\(": "splitlines, which also splits at U+2028",
     r"\bcodecs\.open\(": "codecs.open, which also splits at U+2028",
@@ -184,7 +189,7 @@ FORBIDDEN = {
 def test_nothing_forbidden(path):
     text = path.read_text()
     for pattern, what in FORBIDDEN.items():
-        hits = [m for m in re.finditer(pattern, text) if not re.search(r"\w\.$", text[: m.start()][-2:])]
+        hits = list(re.finditer(pattern, text))
         assert not hits, f"{what}, line {text[: hits[0].start()].count(chr(10)) + 1}"
     assert path.stem not in ("utils", "helpers", "common", "base"), "a drawer"
 

@@ -90,7 +90,10 @@ def test_a_signal_saves_and_leaves(unbroken, tmp_path, number, code):
     assert done.returncode == 0, done.stderr
     found = fingerprint(run)
     assert found["log"] == expected["log"]
-    assert found["files"]["bundle"]["files"]["model.safetensors"] == expected["files"]["bundle"]["files"]["model.safetensors"]
+    assert (
+        found["files"]["bundle"]["files"]["model.safetensors"]
+        == expected["files"]["bundle"]["files"]["model.safetensors"]
+    )
 
 
 def test_a_finished_run_has_nothing_to_do_and_touches_no_file(copy_run):

@@ -56,15 +56,16 @@ def test_each_example_once_and_never_over_the_budget(pairs, tokens, epoch, windo
 
 @settings(max_examples=50, deadline=None)
 @given(sizes, st.integers(31, 200))
-def test_batches_are_as_full_as_they_can_be(pairs, tokens):
-    """Two batches that stand next to each other when sorted by length never fit into one."""
-    source, target = np.array(pairs).T
-    sampler = Sampler(source, target, tokens, "data", 1)
-    batches = sorted(sampler.batches(0), key=lambda batch: target[batch].max())
-    for first, second in itertools.pairwise(batches):
-        if target[first].max() < target[second].min():
-            both = np.concatenate([first, second])
-            assert len(both) * (max(source[both].max(), target[both].max()) + 1) > tokens
+def test_batches_are_cut_as_by_going_through_the_sorted_examples_one_by_one(pairs, tokens):
+    batches: list[list[tuple[int, int]]] = [[]]
+    for pair in sorted(pairs, key=lambda pair: (pair[1], pair[0] if pair[1] % 2 == 0 else -pair[0])):
+        longer = [*batches[-1], pair]
+        if len(longer) * (max(max(pair) for pair in longer) + 1) > tokens:
+            batches.append([pair])
+        else:
+            batches[-1] = longer
+    plan = Sampler(*np.array(pairs).T, tokens, "data", 1).batches(0)
+    assert sorted(sorted(pairs[number] for number in batch) for batch in plan) == sorted(map(sorted, batches))
 
 
 def test_the_order_is_a_pure_function_of_data_seed_and_epoch():
@@ -76,7 +77,12 @@ def test_the_order_is_a_pure_function_of_data_seed_and_epoch():
         order_hash(Sampler(*(x.astype(np.int64) for x in lengths(500)), 600, "data", 1).batches(0)),
     }
     assert len(orders) == 1
-    others = [sampler(data="other").batches(0), sampler(seed=2).batches(0), sampler(seed=-1).batches(0), first.batches(1)]
+    others = [
+        sampler(data="other").batches(0),
+        sampler(seed=2).batches(0),
+        sampler(seed=-1).batches(0),
+        first.batches(1),
+    ]
     assert len(orders | {order_hash(batches) for batches in others}) == 5
 
 
@@ -165,7 +171,9 @@ def test_many_windows_pad_little_too():
 
 
 def test_an_example_over_the_budget_is_named():
-    with pytest.raises(UsageError, match=r"train\.tokens: 20 .* example 1 .* 31 tokens; set train\.tokens to at least 31"):
+    with pytest.raises(
+        UsageError, match=r"train\.tokens: 20 .* example 1 .* 31 tokens; set train\.tokens to at least 31"
+    ):
         Sampler(np.array([3, 30]), np.array([3, 4]), 20, "data", 1)
 
 

@@ -114,7 +114,9 @@ write_shards(Path({str(tmp_path)!r}), sys.argv[1], PAIRS, SIDES)
     contents = []
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        subprocess.run([sys.executable, "-c", code, "train"], check=True, env=environment, cwd=Path(__file__).parent.parent)
+        subprocess.run(
+            [sys.executable, "-c", code, "train"], check=True, env=environment, cwd=Path(__file__).parent.parent
+        )
         contents.append((tmp_path / SHARD).read_bytes())
     assert contents[0] == contents[1]
 
@@ -131,10 +133,8 @@ def test_tokens_are_mapped_not_loaded(tmp_path):
         }
     }  # fmt: skip
     begin = 0
-    for name, dtype, size in (
-        ("source.offsets", "I64", 8), ("target.offsets", "I64", 8), ("source.tokens", "U16", 2), ("target.tokens", "U16", 2)
-    ):  # fmt: skip
-        items = count + 1 if size == 8 else count * length
+    for name in ("source.offsets", "target.offsets", "source.tokens", "target.tokens"):
+        dtype, size, items = ("I64", 8, count + 1) if name.endswith("offsets") else ("U16", 2, count * length)
         header[name] = {"dtype": dtype, "shape": [items], "data_offsets": [begin, begin + items * size]}
         begin += items * size
     text = json.dumps(header).encode()
@@ -258,7 +258,7 @@ def test_every_flipped_bit_is_found_by_the_manifest(tmp_path):
         write_shards(folder, "train", PAIRS, SIDES)
     path = tmp_path / "data" / SHARD
     good = path.read_bytes()
-    for bit in range(0, 8 * len(good), 5):
+    for bit in range(0, 8 * len(good), 23):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << bit % 8
         path.write_bytes(bad)
@@ -266,7 +266,7 @@ def test_every_flipped_bit_is_found_by_the_manifest(tmp_path):
             atomic.verify(tmp_path / "data")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4), st.integers(0, 10**6))
 def test_whatever_the_bytes_opening_ends_in_a_store_or_a_sentence(tmp_path_factory, changes, cut):
     folder = tmp_path_factory.mktemp("fuzz")
@@ -275,9 +275,11 @@ def test_whatever_the_bytes_opening_ends_in_a_store_or_a_sentence(tmp_path_facto
     for place, value in changes:
         content[place % len(content)] = value
     (folder / SHARD).write_bytes(content[: cut % len(content)] if cut % 3 == 0 else content)
+    opened, message = None, SHARD
     try:
-        store = Store.open(folder, "train")
+        opened = Store.open(folder, "train")
     except BundleError as error:
-        assert SHARD in str(error)
-    else:
-        store.gather(np.arange(len(store)))
+        message = str(error)
+    assert SHARD in message
+    if opened is not None:
+        opened.gather(np.arange(len(opened)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -71,7 +70,7 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
         (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
     for old in steps(folder)[:-keep]:
-        shutil.rmtree(folder / step_name(old), ignore_errors=True)
+        atomic.remove_folder(folder / step_name(old))
 
 
 def steps(folder: Path) -> list[int]:
@@ -81,7 +80,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def recover(folder: Path) -> None:
-    """Delete what a killed process left unfinished below `folder`. Call it under the lock of the run."""
+    """Bring in order what a killed process left unfinished below `folder`. Call it under the lock of the run."""
     if folder.is_dir():
         for name in {path.name.split(".")[0] for path in folder.iterdir() if "." in path.name}:
             atomic.recover(folder / name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from ctranslate2.specs import attention_spec, common_spec, transformer_spec
 from torch import Tensor, nn
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.bundle.ctranslate2_usage import usage
-from encdec_cli.bundle.export import Agreement, Outputs, Probe, Tolerance, batches, compare, run_model
+from encdec_cli.bundle.ctranslate2_usage import beam_of, page, program
+from encdec_cli.bundle.export import Agreement, Outputs, Probe, Search, Tolerance, batches, compare, run_model
 from encdec_cli.errors import UsageError
-from encdec_cli.models.layers import FeedForward
+from encdec_cli.models.layers import FeedForward, RMSNorm
 from encdec_cli.models.positions import Learned
-from encdec_cli.models.transformer import DecoderLayer, EncoderLayer, Transformer
+from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import nearest
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary
@@ -86,7 +86,7 @@ class CTranslate2:
         return found
 
     def write(self, bundle: Bundle, folder: Path) -> None:
-        """Write model.bin, config.json, the vocabularies and README.txt."""
+        """Write model.bin, config.json and the vocabularies, and README.txt and translate.py that show their use."""
         model = _transformer(bundle)
         text = bundle.recipe.text
         spec = make_spec(model, max(MIN_POSITIONS, 4 * max(text.max_source, text.max_target)))
@@ -95,17 +95,16 @@ class CTranslate2:
         spec.validate()
         spec.optimize(quantization=None if self.quantize == "none" else self.quantize)
         spec.save(str(folder))
-        (folder / "README.txt").write_text(usage(bundle, _limit(bundle)), encoding="utf-8")
+        (folder / "README.txt").write_text(page(bundle), encoding="utf-8")
+        (folder / "translate.py").write_text(program(bundle, _limit(bundle)), encoding="utf-8")
 
     def check(self, bundle: Bundle, folder: Path, sources: Sequence[Example]) -> Agreement:
         """Compare the model with what CTranslate2 makes of `folder` on a CPU, by scores and by outputs."""
-        probe, ours = run_model(bundle, sources, _limit(bundle))
+        beam, penalty = beam_of(bundle)
+        probe, ours = run_model(bundle, sources, Search(_limit(bundle), beam, penalty))
+        # One thread: its pool and torch's would wait for each other's cores, which costs more than it brings.
         translator = ctranslate2.Translator(
-            str(folder),
-            device="cpu",
-            compute_type=self._compute_type(),
-            inter_threads=1,
-            intra_threads=torch.get_num_threads(),
+            str(folder), device="cpu", compute_type=self._compute_type(), inter_threads=1, intra_threads=1
         )
         theirs = _run_translator(translator, probe, bundle.source.vocabulary, bundle.target.vocabulary)
         return compare(ours, theirs, TOLERANCES[self.quantize])
@@ -132,7 +131,9 @@ def _limit(bundle: Bundle) -> int:
     """Return the most tokens of an output, without EOS, that the model has been trained for and can place."""
     config = _transformer(bundle).config
     longest = bundle.recipe.text.max_target
-    return max(1, min(longest, config.max_positions) if config.positions == "learned" else longest) - 1 or 1
+    if config.positions == "learned":
+        longest = min(longest, config.max_positions)
+    return max(1, longest - 1)
 
 
 def make_spec(model: Transformer, positions: int) -> transformer_spec.TransformerSpec:
@@ -169,9 +170,10 @@ def _rotary_options(config: Transformer.Config) -> dict[str, Any]:
 
 
 def _epsilon(model: Transformer) -> float:
-    layer = model.decoder[0]
-    epsilon: float = layer.attention_residual.norm.eps  # type: ignore[union-attr, assignment]
-    return epsilon
+    epsilons = {norm.eps for norm in model.modules() if isinstance(norm, (nn.LayerNorm, RMSNorm))}
+    if len(epsilons) != 1:
+        raise ValueError(f"CTranslate2 has one epsilon for all norms, the model has {sorted(epsilons)}")
+    return epsilons.pop()
 
 
 def _fill_encoder(spec: Any, model: Transformer, positions: int) -> None:
@@ -269,20 +271,18 @@ def _run_translator(translator: Any, probe: Probe, source: Vocabulary, target: V
     for part in batches(sources):
         scored = translator.score_batch(sources[part], targets[part], max_input_length=0)
         outputs.scores += [list(result.log_probs) for result in scored]
-        outputs.greedy += _translate(translator, sources[part], probe, 1, target)
-        outputs.beam += _translate(translator, sources[part], probe, probe.beam, target)
+        outputs.greedy += _translate(translator, sources[part], replace(probe.search, beam=1), target)
+        outputs.beam += _translate(translator, sources[part], probe.search, target)
     return outputs
 
 
-def _translate(
-    translator: Any, sources: list[list[str]], probe: Probe, beam: int, target: Vocabulary
-) -> list[list[int]]:
+def _translate(translator: Any, sources: list[list[str]], search: Search, target: Vocabulary) -> list[list[int]]:
     results = translator.translate_batch(
         sources,
-        beam_size=beam,
-        length_penalty=probe.length_penalty,
+        beam_size=search.beam,
+        length_penalty=search.length_penalty,
         max_input_length=0,
-        max_decoding_length=probe.limit,
+        max_decoding_length=search.limit,
         return_end_token=True,  # then EOS counts in the length that the penalty takes, as with us
         disable_unk=True,
         suppress_sequences=[[SPECIAL[PAD]], [SPECIAL[BOS]]],

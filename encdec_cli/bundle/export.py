@@ -69,7 +69,7 @@ class Agreement:
         }
 
 
-class Disagreement(CheckError):
+class DisagreementError(CheckError):
     """The export does not do what the model does; nothing was written."""
 
     def __init__(self, agreement: Agreement, folder: Path) -> None:
@@ -108,7 +108,7 @@ def export(
 
     Raises:
         UsageError: if the target cannot express the model, or `folder` holds something that is not an export.
-        Disagreement: if the two differ by more than the target's tolerance.
+        DisagreementError: if the two differ by more than the target's tolerance.
     """
     problems = exporter.problems(bundle)
     if problems:
@@ -125,14 +125,14 @@ def export(
             **exporter.facts(),
             "task": bundle.recipe.task.plain(),
             "model": bundle.recipe.model.plain(),
-            "source": bundle.source.kind,
-            "target": bundle.target.kind,
+            "source_tokenizer": bundle.source.kind,
+            "target_tokenizer": bundle.target.kind,
         }
         (temporary / MARKER).write_bytes(atomic.json_bytes(facts))
         if probe is not None:
             agreement = exporter.check(bundle, temporary, probe)
             if not agreement.holds:
-                raise Disagreement(agreement, folder)
+                raise DisagreementError(agreement, folder)
     return agreement
 
 
@@ -146,6 +146,18 @@ def _refuse_foreign(folder: Path) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Search:
+    """How both programs search."""
+
+    limit: int
+    """Most tokens of an output, EOS left aside."""
+    beam: int
+    """Hypotheses kept for each line."""
+    length_penalty: float
+    """As in our beam search: exponent of the length, EOS included."""
+
+
 @dataclass
 class Probe:
     """The lines of a probe as a model reads them, and what it makes of them."""
@@ -154,12 +166,7 @@ class Probe:
     """Source ids of each line, without EOS."""
     targets: list[list[int]]
     """Target ids whose log-probabilities are compared: the example's own, else the model's greedy output."""
-    limit: int
-    """Most tokens of an output, EOS left aside."""
-    beam: int
-    """Beam of the recipe."""
-    length_penalty: float
-    """Its length penalty."""
+    search: Search
 
 
 @dataclass
@@ -174,25 +181,23 @@ class Outputs:
     """Target ids of the best hypothesis of beam search, without EOS."""
 
 
-def run_model(bundle: Bundle, examples: Sequence[Example], limit: int) -> tuple[Probe, Outputs]:
+def run_model(bundle: Bundle, examples: Sequence[Example], search: Search) -> tuple[Probe, Outputs]:
     """Read a probe and return it with the model's own outputs.
 
     Lines without text are left out. Raises DataError if nothing remains.
     """
-    text = bundle.recipe.text
     used = [example for example in examples if example.source.strip()]
     if not used:
         raise DataError("--check: the probe has no line with text; give other lines with --probe FILE.")
-    sources = [bundle.source.encode(bundle.task.source(example))[: text.max_source - 1] for example in used]
-    search = bundle.recipe.decoding.config
-    beam, penalty = (search.beam, search.length_penalty) if isinstance(search, Beam) else (5, 1.0)
-    greedy = _search(bundle, sources, limit, Beam(beam=1))
+    most = bundle.recipe.text.max_source - 1
+    sources = [bundle.source.encode(bundle.task.source(example))[:most] for example in used]
+    greedy = _search(bundle, sources, search.limit, Beam(beam=1))
+    best = _search(bundle, sources, search.limit, Beam(beam=search.beam, length_penalty=search.length_penalty))
     targets = []
     for example, output in zip(used, greedy, strict=True):
         known = [] if example.target is None else bundle.target.encode(bundle.task.target(example))
-        targets.append(known[:limit] or output)
-    best = _search(bundle, sources, limit, Beam(beam=beam, length_penalty=penalty))
-    probe = Probe(sources, targets, limit, beam, penalty)
+        targets.append(known[: search.limit] or output)
+    probe = Probe(sources, targets, search)
     return probe, Outputs(_scores(bundle, probe), greedy, best)
 
 

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.tasks.dialogue import Dialogue
 
 _RESET = "/new"
 
@@ -36,7 +37,7 @@ def chat(
     from encdec_cli.cli.generate import choose_strategy
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.errors import UsageError
-    from encdec_cli.generation import Options, generate
+    from encdec_cli.generation import Options, first_text, generate
     from encdec_cli.tasks.dialogue import Dialogue
 
     bundle = load_bundles([model] if model else [], device, plugin or [])[0]
@@ -51,12 +52,12 @@ def chat(
             turns, forgotten = [], 0
             continue
         turns.append(said)
-        kept = _that_fit(bundle, turns)
+        kept = _that_fit(bundle, task, turns)
         if len(turns) - kept > forgotten:
             forgotten = len(turns) - kept
             console.say(f"the first {forgotten} turns of this conversation no longer fit and are forgotten")
         result = next(generate([bundle], [[task.from_record({"turns": turns[-kept:]})]], options))
-        answer = result.candidates[0].text if result.candidates else ""
+        answer = first_text(result)
         turns.append(answer)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
@@ -79,13 +80,13 @@ def _turns() -> Iterator[str]:
             yield said
 
 
-def _that_fit(bundle: Bundle, turns: list[str]) -> int:
+def _that_fit(bundle: Bundle, task: Dialogue, turns: list[str]) -> int:
     """Return how many of the last turns the task keeps and the model can read."""
     most = bundle.recipe.text.max_source - 1
-    keep = min(len(turns), bundle.recipe.task.config.turns)
+    keep = min(len(turns), task.turns)
     while keep > 1:
-        example = bundle.task.from_record({"turns": turns[-keep:]})
-        if len(bundle.source.encode(bundle.task.source(example))) <= most:
+        example = task.from_record({"turns": turns[-keep:]})
+        if len(bundle.source.encode(task.source(example))) <= most:
             break
         keep -= 1
     return keep

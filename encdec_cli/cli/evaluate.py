@@ -15,7 +15,7 @@ import typer
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.evaluation.metrics import Metric
-    from encdec_cli.evaluation.report import Outputs
+    from encdec_cli.evaluation.report import Outputs, Report
     from encdec_cli.text.example import Example
 
 
@@ -66,24 +66,27 @@ def evaluate(
     from encdec_cli.evaluation.report import evaluate as judge
     from encdec_cli.evaluation.significance import Resampling
 
-    plugins = plugin or []
+    plugins, names, references = list(plugin or ()), list(metric or ()), list(reference or ())
     lines = read_hypotheses(file)
-    with_model = lines is None or not reference or any(_needs_model(name, plugins) for name in metric or [])
-    bundle = _bundle(model, device, plugins) if with_model else None
-    chosen = _metrics(metric or list(bundle.task.metrics if bundle else ["bleu"]))
-    examples = _examples(bundle, source) if bundle and (lines is None or not reference or source) else []
-    outputs = _outputs(lines, reference or [], baseline, examples)
+    bundle = None
+    if lines is None or not references or _need_model(names, plugins):
+        bundle = _bundle(model, device, plugins)
+    chosen = _metrics(names or _usual_metrics(bundle))
+    outputs = _outputs(lines, references, baseline, bundle, source)
     if bundle:
-        _ask_model(bundle, outputs, examples, chosen)
+        _ask_model(bundle, outputs, source, chosen)
     resamples = 0 if score_only and baseline is None else 1000
     report = judge(chosen, outputs, Resampling(test=test.value, resamples=resamples))
     for warning in report.warnings:
         console.warn(warning)
+    _print(report, as_json, score_only)
+
+
+def _print(report: Report, as_json: bool, score_only: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(report.to_json(), ensure_ascii=False))
+        print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        for line in report.score_lines() if score_only else report.lines():
-            typer.echo(line)
+        print("\n".join(report.score_lines() if score_only else report.lines()))
 
 
 def read_hypotheses(file: Path | None) -> list[str] | None:
@@ -110,14 +113,14 @@ def _stdin_asks_model() -> bool:
     return sys.stdin.isatty() or (stat.S_ISCHR(status.st_mode) and status.st_rdev == Path(os.devnull).stat().st_rdev)
 
 
-def _needs_model(name: str, plugins: list[Path]) -> bool:
+def _need_model(names: list[str], plugins: list[Path]) -> bool:
     from encdec_cli.registry import load_environment_plugins, load_plugin, metrics
 
     load_environment_plugins()
     for path in plugins:
         load_plugin(path)
-    kind = name.partition(",")[0]
-    return kind in metrics.names() and bool(metrics.get(kind).needs_model)
+    kinds = [name.partition(",")[0] for name in names]
+    return any(metrics.get(kind).needs_model for kind in kinds if kind in metrics.names())
 
 
 def _bundle(model: Path | None, device: str, plugins: list[Path]) -> Bundle:
@@ -131,6 +134,10 @@ def _metrics(names: list[str]) -> list[Metric]:
     from encdec_cli.registry import metrics
 
     return [parse_component(name, metrics, "--metric") for name in names]
+
+
+def _usual_metrics(bundle: Bundle | None) -> list[str]:
+    return list(bundle.task.metrics) if bundle else ["bleu"]
 
 
 def _examples(bundle: Bundle, source: Path | None) -> list[Example]:
@@ -149,37 +156,51 @@ def _examples(bundle: Bundle, source: Path | None) -> list[Example]:
 
 
 def _outputs(
-    lines: list[str] | None, references: list[Path], baseline: Path | None, examples: list[Example]
+    lines: list[str] | None, references: list[Path], baseline: Path | None, bundle: Bundle | None, source: Path | None
 ) -> Outputs:
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import Outputs
     from encdec_cli.text.lines import read_lines
 
     streams = [list(read_lines(path)) for path in references]
-    if not streams:
-        if any(example.target is None for example in examples):
+    if bundle is not None and not streams:
+        if source is not None:
             raise UsageError("--source without --reference: there is nothing to compare with; give --reference FILE.")
-        streams = [[example.target or "" for example in examples]]
-    return Outputs(
-        references=streams, hypotheses=lines, baseline=list(read_lines(baseline)) if baseline is not None else None
-    )
+        streams = [[example.target or "" for example in _examples(bundle, None)]]
+    others = list(read_lines(baseline)) if baseline is not None else None
+    _check_lengths(lines, others, streams, references)
+    return Outputs(references=streams, hypotheses=lines, baseline=others)
 
 
-def _ask_model(bundle: Bundle, outputs: Outputs, examples: list[Example], chosen: list[Metric]) -> None:
+def _check_lengths(
+    lines: list[str] | None, others: list[str] | None, streams: list[list[str]], names: list[Path]
+) -> None:
+    from encdec_cli.evaluation.metrics import check_lengths
+
+    first = str(names[0]) if names else "the recipe's test split"
+    for name, stream in zip(map(str, names[1:]), streams[1:], strict=True):
+        check_lengths(first, streams[0], name, stream)
+    for name, given in (("the hypotheses", lines), ("the baseline", others)):
+        if given is not None:
+            check_lengths(name, given, first, streams[0])
+
+
+def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: list[Metric]) -> None:
     """Let the model write missing hypotheses, and score the references where a metric wants it."""
     from encdec_cli.evaluation.likelihood import likelihoods
     from encdec_cli.evaluation.metrics import check_lengths
-    from encdec_cli.generation import WINDOW_BATCHES, Options, generate
+    from encdec_cli.generation import WINDOW_BATCHES, Options, first_text, generate
     from encdec_cli.text.windows import full_windows
 
-    if outputs.hypotheses is None and not all(metric.needs_model for metric in chosen):
-        check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
+    to_write = outputs.hypotheses is None and not all(metric.needs_model for metric in chosen)
+    to_score = any(metric.needs_model for metric in chosen)
+    if not (to_write or to_score):
+        return
+    examples = _examples(bundle, source)
+    check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
+    if to_write:
         options = Options(bundle.recipe.decoding.config)
         windows = full_windows(examples, options.batch * WINDOW_BATCHES)
-        outputs.hypotheses = [
-            r.candidates[0].text if r.candidates else "" for r in generate([bundle], windows, options)
-        ]
-    if any(metric.needs_model for metric in chosen):
-        examples = examples or _examples(bundle, None)
-        check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
+        outputs.hypotheses = [first_text(result) for result in generate([bundle], windows, options)]
+    if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])

@@ -72,9 +72,7 @@ def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best:
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import strategies
 
-    chosen: Strategy = (
-        parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
-    )
+    chosen: Strategy = parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
     if beam is not None:
         chosen = replace(chosen, beam=beam)
     elif named and "beam=" not in named and n_best > chosen.beam:

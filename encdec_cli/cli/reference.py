@@ -10,7 +10,7 @@ import typer
 
 from encdec_cli import atomic, recipe
 from encdec_cli.cli import application
-from encdec_cli.config_schema import descriptions
+from encdec_cli.config.schema import descriptions
 from encdec_cli.errors import ExitCode
 
 _NOTE = "<!-- Written by `python -m encdec_cli.cli.reference docs/commands`; do not edit. -->\n\n"

@@ -56,7 +56,7 @@ class Cldr(Corpus):
     def __post_init__(self) -> None:
         for name, value in (("pairs", self.pairs), ("valid", self.valid), ("test", self.test)):
             if value < 0:
-                raise UsageError(f"data.{name}: {value} must be 0 or more.")
+                raise UsageError(f"{name}: {value} must be 0 or more.")
         # Not fields: they are no keys of a recipe. The stream is drawn from as far as somebody reads.
         self._drawn: list[Example] = []
         self._stream: Iterator[Example] | None = None

@@ -16,7 +16,13 @@ from babel import Locale
 from babel.dates import format_date, format_datetime, format_interval, format_skeleton, format_time, format_timedelta
 from babel.lists import format_list
 from babel.localedata import locale_identifiers
-from babel.numbers import format_compact_decimal, format_currency, format_decimal, format_percent
+from babel.numbers import (
+    format_compact_decimal,
+    format_currency,
+    format_decimal,
+    format_percent,
+    get_currency_precision,
+)
 from babel.units import format_unit
 
 Render = Callable[[Locale], str]
@@ -144,7 +150,9 @@ def _quantity(rng: Random, digits: int = 5, decimals: int = 2) -> Decimal:
     """Draw a number; every count of digits is equally likely."""
     whole = rng.randrange(10 ** (1 + rng.randrange(digits)))
     places = rng.randrange(decimals + 1)
-    return Decimal(whole) + Decimal(rng.randrange(10**places)).scaleb(-places)
+    fraction = Decimal(rng.randrange(10**places)).scaleb(-places)
+    # No zeros at the end: plural rules tell 1 from 1.0, and then one text would have two translations.
+    return (whole + fraction).normalize() if fraction else Decimal(whole)
 
 
 def _number(rng: Random) -> list[Render]:
@@ -159,7 +167,9 @@ def _percent(rng: Random) -> list[Render]:
 
 
 def _amount(rng: Random) -> list[Render]:
-    value, currency = _quantity(rng, digits=6), CURRENCIES[rng.randrange(len(CURRENCIES))]
+    currency = CURRENCIES[rng.randrange(len(CURRENCIES))]
+    # No more decimals than are written: a plural chosen by what was rounded away cannot be known from the source.
+    value = _quantity(rng, digits=6, decimals=get_currency_precision(currency))
     if rng.randrange(2):
         return [lambda locale: format_currency(value, currency, locale=locale)]
     return [lambda locale: format_currency(value, currency, locale=locale, format_type="name")]

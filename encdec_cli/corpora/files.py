@@ -36,26 +36,30 @@ class SplitFiles:
 
     def __post_init__(self) -> None:
         if self.tsv and self.jsonl:
-            raise UsageError("data: a split has tsv or jsonl, not both.")
-        if self.header and not self.tsv:
-            raise UsageError("data: header is for tsv alone.")
-        if self.tsv and self.source == "":
-            self.source, self.target = 0, 1
-        if self.jsonl and self.source == "":
-            self.source, self.target = "source", self.target or "target"
+            raise UsageError("a split has tsv or jsonl, not both.")
+        if self.source == "":
+            self._name_sides()
         if self.tsv:
             self._check_columns()
+        elif self.header:
+            raise UsageError("header is for tsv alone.")
         elif isinstance(self.source, int) or isinstance(self.target, int):
-            raise UsageError("data: source and target are column numbers only with tsv.")
-        elif not self.source:
-            raise UsageError("data: a split needs source: and target: (paths), or tsv:, or jsonl:.")
+            raise UsageError("source and target are column numbers only with tsv.")
+
+    def _name_sides(self) -> None:
+        if self.tsv:
+            self.source, self.target = 0, 1
+        elif self.jsonl:
+            self.source, self.target = "source", self.target or "target"
+        else:
+            raise UsageError("a split needs source and target (paths), or tsv, or jsonl.")
 
     def _check_columns(self) -> None:
         for column in (self.source, self.target):
             if isinstance(column, str) and column and not self.header:
-                raise UsageError(f"data: column '{column}' is a name, so the TSV needs header: true; or use numbers.")
+                raise UsageError(f"column '{column}' is a name, so the TSV needs header: true; or use numbers.")
             if isinstance(column, int) and column < 0:
-                raise UsageError(f"data: column {column} must be 0 or more.")
+                raise UsageError(f"column {column} must be 0 or more.")
 
 
 @dataclass
@@ -73,7 +77,7 @@ class Files(Corpus):
 
     def __post_init__(self) -> None:
         # Not fields: they are no keys of a recipe.
-        self._report = LineReport()
+        self._reports: dict[str, LineReport] = {}
         self._dropped: dict[str, str] = {}
 
     def _files(self, split: str) -> SplitFiles | None:
@@ -84,9 +88,9 @@ class Files(Corpus):
         files = self._files(split)
         if files is None:
             return
-        self._report = LineReport()
+        report = self._reports[split] = LineReport()
         dropped, first = 0, ""
-        for place, example in self._rows(files):
+        for place, example in self._rows(files, report):
             if split != "test" and _has_empty_side(example, files.target != ""):
                 dropped, first = dropped + 1, first or place
                 continue
@@ -96,16 +100,16 @@ class Files(Corpus):
             rows = "row" if dropped == 1 else "rows"
             self._dropped[split] = f"{split}: {dropped} {rows} with an empty side dropped (first {first})."
 
-    def _rows(self, files: SplitFiles) -> Iterator[tuple[str, Example]]:
+    def _rows(self, files: SplitFiles, report: LineReport) -> Iterator[tuple[str, Example]]:
         if files.tsv:
             for path in self._paths(files.tsv):
-                yield from _tsv(path, files, self._report)
+                yield from _tsv(path, files, report)
         elif files.jsonl:
             for path in self._paths(files.jsonl):
-                yield from _jsonl(path, files, self._report)
+                yield from _jsonl(path, files, report)
         else:
             for paths in self._parallel(files):
-                for number, row in enumerate(read_parallel(paths, self._report), start=1):
+                for number, row in enumerate(read_parallel(paths, report), start=1):
                     yield f"{paths[0]}:{number}", Example(row[0], row[1] if len(row) > 1 else None)
 
     def _parallel(self, files: SplitFiles) -> list[list[Path]]:
@@ -142,8 +146,9 @@ class Files(Corpus):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def notes(self) -> list[str]:
-        """Return what the last reads dropped, and the oddities of the split read last."""
-        return [*self._dropped.values(), *self._report.sentences()]
+        """Return what the last read of each split dropped, and the oddities it met."""
+        odd = [f"{split}: {said}" for split, report in self._reports.items() for said in report.sentences()]
+        return [*self._dropped.values(), *odd]
 
 
 def _facts(path: Path) -> list[Any]:

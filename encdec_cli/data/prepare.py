@@ -84,18 +84,15 @@ def prepare(
         for name, content in _tokenizer_files(tokenizers).items():
             (temporary / name).write_bytes(content)
         splits = {split: _Split(split, task, corpus, text, tokenizers) for split in SPLITS}
-        for split in splits.values():
+        for name, split in splits.items():
             split.write(temporary)
+            if name == "train":
+                _check_same(read, split.statistics.read)
             split.statistics.check_usable()
-        if splits["train"].statistics.read != read:
-            raise DataError(
-                f"data: the corpus gave {read:,} training examples at first and "
-                f"{splits['train'].statistics.read:,} when read again; put what comes from a pipe into a file, and "
-                "leave the files alone while they are read."
-            )
-        facts = _facts(text, fingerprint, tokenizers, splits)
+        notes = [*corpus.notes(), *(note for split in splits.values() for note in split.statistics.sentences())]
+        facts = _facts(text, fingerprint, tokenizers, splits, notes)
         (temporary / FACTS).write_bytes(atomic.json_bytes(facts))
-    for note in [*corpus.notes(), *(note for split in splits.values() for note in split.statistics.sentences())]:
+    for note in notes:
         say(note)
     return Prepared.open(folder)
 
@@ -104,6 +101,7 @@ def _train_tokenizers(task: Task, corpus: Corpus, text: TextOptions) -> tuple[in
     """Return the number of training examples, and the tokenizers of source and target."""
     options = TokenizerOptions(text.vocabulary, text.algorithm, tuple(task.symbols()))
     statistics = Statistics("train")
+    counts: list[int] = []
 
     def lines(*sides: int) -> Iterator[str]:
         statistics.clear()
@@ -112,18 +110,29 @@ def _train_tokenizers(task: Task, corpus: Corpus, text: TextOptions) -> tuple[in
             # large corpus, is a source as often as a target.
             for side in sides if number.bit_count() % 2 else sides[::-1]:
                 yield pair[side]
+        counts.append(statistics.read)
+        _check_same(counts[0], statistics.read)
 
     def train(*sides: int) -> Tokenizer:
         try:
             return train_tokenizer(text.tokenizer, lines(*sides), options)
         except DataError:
-            statistics.check_usable()  # no example at all: say so rather than that there is no text
+            if len(counts) < 2:
+                statistics.check_usable()  # no example at all: say so rather than that there is no text
             raise
 
     source = train(0, 1) if text.shared else train(0)
     target = source if text.shared else train(1)
     statistics.check_usable()
     return statistics.read, (source, target)
+
+
+def _check_same(first: int, again: int) -> None:
+    if first != again:
+        raise DataError(
+            f"data: the corpus gave {first:,} training examples at first and {again:,} when read again; put what "
+            "comes from a pipe into a file, and leave the files alone while they are read."
+        )
 
 
 def _pairs(task: Task, corpus: Corpus, split: str, statistics: Statistics) -> Iterator[tuple[Example, str, str]]:
@@ -225,7 +234,7 @@ def _tokenizer_files(tokenizers: Sequence[Tokenizer]) -> dict[str, bytes]:
 
 
 def _facts(
-    text: TextOptions, fingerprint: str, tokenizers: Sequence[Tokenizer], splits: dict[str, _Split]
+    text: TextOptions, fingerprint: str, tokenizers: Sequence[Tokenizer], splits: dict[str, _Split], notes: list[str]
 ) -> dict[str, Any]:
     # Only what weights depend on: a test set that is added later must not change the order of training.
     order = hashlib.sha256(splits["train"].sha256.encode())
@@ -242,4 +251,5 @@ def _facts(
             "target_vocabulary": len(tokenizers[1].vocabulary),
         },
         "splits": {name: split.statistics.facts() for name, split in splits.items()},
+        "notes": notes,
     }

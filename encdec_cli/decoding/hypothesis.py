@@ -44,8 +44,8 @@ class Strategy:
 
     beam: int = 1
     """Hypotheses kept for each sentence."""
-    max_length: str = "2x+20"
-    """Most tokens in an output, as a function of the source's x tokens: `2x+20`, `1.5x`, `200`."""
+    max_length: int | str = "2x+20"
+    """Most tokens in an output: a number, or a function of the source's x tokens such as `2x+20` or `1.5x`."""
 
     @abstractmethod
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:

@@ -34,10 +34,10 @@ class Dialogue(Task):
 
     def __post_init__(self) -> None:
         if self.turns < 1:
-            raise UsageError(f"task.turns: {self.turns} must be at least 1.")
+            raise UsageError(f"turns: {self.turns} must be at least 1.")
         for name in self.speakers:
             if not name.replace("_", "").replace("-", "").isalnum():
-                raise UsageError(f"task.speakers: '{name}' must be letters, digits, - and _ alone.")
+                raise UsageError(f"speakers: '{name}' must be letters, digits, - and _ alone.")
 
     def from_record(self, record: dict[str, Any]) -> Example:
         """Turn a JSON object into an example: `turns`, or `source` as in a line; and perhaps `target`."""

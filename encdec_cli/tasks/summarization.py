@@ -25,7 +25,7 @@ class Summarization(Task):
 
     def __post_init__(self) -> None:
         if self.max_words < 0:
-            raise UsageError(f"task.max_words: {self.max_words} must be 0 (no limit) or more.")
+            raise UsageError(f"max_words: {self.max_words} must be 0 (no limit) or more.")
 
     def from_record(self, record: dict[str, Any]) -> Example:
         """Turn a JSON object into an example: `source` or `document`, and perhaps `target` or `summary`."""

@@ -33,7 +33,7 @@ class Translation(Task):
     def __post_init__(self) -> None:
         codes = self._codes()
         if self.tag and not codes:
-            raise UsageError("task.tag: needs task.target_language, the language the tag names.")
+            raise UsageError("tag: needs target_language, the language the tag names.")
         for code in codes:
             if not code or not code.replace("-", "").replace("_", "").isalnum():
                 raise UsageError(

@@ -12,6 +12,8 @@ from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.text.options import TokenizerOptions, evenly, without_surrogates
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary
 
+# The space must have a piece however rare it is: spelled in bytes it would come back as this character.
+_SPACE = "\u2581"
 # The sums of expectation-maximisation depend on how lines are dealt to threads, so the number is fixed.
 _THREADS = 4
 # SentencePiece leaves out lines over a number of bytes; ours are cut, at most 4 bytes a character.
@@ -63,6 +65,7 @@ class SentencePiece:
                 bos_id=BOS,
                 eos_id=EOS,
                 byte_fallback=True,
+                required_chars=_SPACE,
                 hard_vocab_limit=False,
                 normalization_rule_name="identity",
                 remove_extra_whitespaces=False,

@@ -12,8 +12,16 @@ from encdec_cli.text.subword import SentencePiece
 from encdec_cli.text.units import Character, Word
 from encdec_cli.text.vocabulary import Vocabulary
 
-__all__ = ["KINDS", "Character", "SentencePiece", "Tokenizer", "TokenizerOptions", "Word", "load_tokenizer"]
-__all__ += ["train_tokenizer"]
+__all__ = [
+    "KINDS",
+    "Character",
+    "SentencePiece",
+    "Tokenizer",
+    "TokenizerOptions",
+    "Word",
+    "load_tokenizer",
+    "train_tokenizer",
+]
 
 
 class Tokenizer(Protocol):

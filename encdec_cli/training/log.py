@@ -32,7 +32,7 @@ class Log:
             return
         with atomic.disk_errors(self.path):
             content = self.path.read_bytes()
-        kept = b"".join(content.splitlines(keepends=True)[:lines])
+        kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
         kept = kept[: kept.rfind(b"\n") + 1]
         if kept != content:
             atomic.write_file(self.path, kept)

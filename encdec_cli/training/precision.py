@@ -56,7 +56,7 @@ def _torch_reports_bf16() -> bool:
 
 def _linux_reports_bf16() -> bool:
     try:
-        lines = _CPU_INFO.read_text(encoding="ascii", errors="replace").splitlines()
+        lines = _CPU_INFO.read_text(encoding="ascii", errors="replace").split("\n")
     except OSError:
         return False
     flags = next((line for line in lines if line.startswith("flags")), "").split()

@@ -27,7 +27,10 @@ class Stop:
 
 @contextmanager
 def watched() -> Iterator[Stop]:
-    """Catch SIGINT, SIGTERM and SIGHUP inside the block; the handlers of before come back at its end."""
+    """Catch SIGINT, SIGTERM and SIGHUP inside the block; the handlers of before come back at its end.
+
+    What was ignored stays ignored: `nohup encdec train …` outlives its terminal.
+    """
     stop = Stop()
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -36,7 +39,8 @@ def watched() -> Iterator[Stop]:
         stop.signal = number
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handle) for number in numbers}
+    caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handle) for number in caught}
     try:
         yield stop
     finally:

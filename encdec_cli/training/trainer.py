@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -232,7 +231,7 @@ class Trainer:
         wanted = {step_name(step) for step in (*self.progress.kept, self.progress.best_step)}
         for old in self.bundles.glob("step_*"):
             if old.name not in wanted:
-                shutil.rmtree(old, ignore_errors=True)
+                atomic.remove_folder(old)
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights at full precision: those of the optimizer, and buffers as the model has them."""

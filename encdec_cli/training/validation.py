@@ -11,7 +11,7 @@ from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.errors import StoppedError
 from encdec_cli.evaluation.metrics import Metric, score
-from encdec_cli.generation import WINDOW_BATCHES, Generated, Options, generate
+from encdec_cli.generation import WINDOW_BATCHES, Options, first_text, generate
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.text.windows import full_windows
@@ -92,11 +92,6 @@ class Validation:
         references = [[example.target or "" for example in self.examples]]
         values = score(self.metric, self.metric.statistics(hypotheses, references))
         return dict(zip(self.metric.names, values, strict=True))
-
-
-def first_text(result: Generated) -> str:
-    """Return the best output, or an empty line for an empty source."""
-    return result.candidates[0].text if result.candidates else ""
 
 
 def _leave(stop: Stop) -> None:

@@ -6,7 +6,7 @@ The weights can be those of our model, so that both sides write the same output.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +81,14 @@ class PlainTrainer:
         return float(loss.detach())
 
 
-Step = Callable[[Tensor], Tensor]
-Reorder = Callable[[Tensor], None]
+class Decoder(Protocol):
+    """What the search needs of a decoder."""
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Return logits [rows, vocab] after the prefix [rows, written]."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue row rows[i]."""
 
 
 class Uncached:
@@ -158,7 +164,7 @@ class Cached:
 
 
 @torch.no_grad()
-def beam_search(decoder: Uncached | Cached, sentences: int, beam: int, maximum: list[int]) -> list[list[int]]:
+def beam_search(decoder: Decoder, sentences: int, beam: int, maximum: list[int]) -> list[list[int]]:
     """Return the best output of each sentence, by log-probability / length, EOS counted.
 
     As in fairseq: of the 2 x beam best continuations those among the first `beam` that end are hypotheses, the best

@@ -1,7 +1,8 @@
 """Speed of training and of beam search against plain PyTorch: `python -m tests.benchmarks.speed`.
 
-All variants see the same batches in turn, repetition after repetition, in one process; the table gives medians of wall
-time, the spread, and the ratio of our speed to that of each plain variant. Prepared data (`--data`, a folder that
+All variants see the same batches in turn, repetition after repetition, in one process; the table gives medians, the
+spread, and the ratio of our speed to that of each plain variant. On a machine that others use too, `--threads 1
+--cpu-time` gives the steadier figures. Prepared data (`--data`, a folder that
 `encdec preprocess` made) gives real lengths; else they are drawn like those of short sentences (13 +- 5 tokens).
 """
 
@@ -29,7 +30,8 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.loss import real_rows, token_loss
 from encdec_cli.training.optimizer import AdamSettings, Optimizer
 from encdec_cli.training.precision import choose
-from tests.benchmarks.plain import Cached, PlainTrainer, PlainTransformer, Uncached, beam_search
+
+from .plain import Cached, PlainTrainer, PlainTransformer, Uncached, beam_search
 
 LAYERS, DIM, HEADS, INNER, DROPOUT = 3, 256, 4, 1024, 0.1
 
@@ -233,15 +235,15 @@ def generation_variants(pairs: Pairs, sentences: int, batch: int, beam: int) -> 
     ], outputs
 
 
-def measure(variants: Sequence[Variant], repetitions: int) -> dict[str, list[float]]:
+def measure(variants: Sequence[Variant], repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Return units per second of every repetition, by variant; one repetition more goes before, unmeasured."""
     speeds: dict[str, list[float]] = {variant.name: [] for variant in variants}
     for repetition in range(repetitions + 1):
         for variant in variants:
-            begin = time.perf_counter()
+            begin = clock()
             size = variant.run()
             if repetition:
-                speeds[variant.name].append(size / (time.perf_counter() - begin))
+                speeds[variant.name].append(size / (clock() - begin))
     return speeds
 
 
@@ -270,6 +272,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.speed", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder made by `encdec preprocess`; default: synthetic pairs")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-time", action="store_true", help="seconds of all threads in place of wall time")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=8000, help="of synthetic pairs")
     parser.add_argument("--tokens", type=int, default=4096, help="of a training batch, padding included")
@@ -281,14 +284,17 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pairs = prepared(options.data) if options.data else synthetic(10_000, options.vocabulary)
-    auto = choose("auto", "cpu").name
-    print(f"torch {torch.__version__}, {options.threads} threads, vocabulary {pairs.vocab}; auto is {auto}")
+    clock = time.process_time if options.cpu_time else time.perf_counter
+    print(
+        f"torch {torch.__version__}, {options.threads} threads, {'CPU' if options.cpu_time else 'wall'} time, "
+        f"vocabulary {pairs.vocab}; auto is {choose('auto', 'cpu').name}"
+    )
     if options.only != "generation":
         variants = training_variants(pairs, options.tokens, options.batches)
-        show("training", "tokens/s", variants, measure(variants, options.repetitions))
+        show("training", "tokens/s", variants, measure(variants, options.repetitions, clock))
     if options.only != "training":
         variants, outputs = generation_variants(pairs, options.sentences, options.batch, options.beam)
-        show(f"beam {options.beam}", "sent/s", variants, measure(variants, options.repetitions))
+        show(f"beam {options.beam}", "sent/s", variants, measure(variants, options.repetitions, clock))
         print(equal_outputs(outputs))
 
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, create_model
 from pydantic import Field as ModelField
 
-from encdec_cli.config import Chosen
-from encdec_cli.config_schema import (
+from encdec_cli.config.component import Chosen
+from encdec_cli.config.schema import (
     default,
     descriptions,
     keys,
@@ -24,7 +24,7 @@ from encdec_cli.config_schema import (
     schema_of,
     types_of,
 )
-from encdec_cli.config_yaml import write
+from encdec_cli.config.tree import write
 from encdec_cli.errors import EncdecError
 from encdec_cli.registry import Registry
 
@@ -64,7 +64,7 @@ def _schemas(registry: Registry[type[Any]]) -> dict[str, type[Any]]:
     return found
 
 
-def explain(schema: type[Any]) -> str:
+def recipe_text(schema: type[Any]) -> str:
     """Return a file that holds every key of `schema` with its default, each under a comment that tells its meaning."""
     hints, texts = types_of(schema), descriptions(schema)
     lines = _comment(inspect.cleandoc(schema.__doc__ or ""), "")
@@ -87,17 +87,11 @@ def _chosen(hint: Any) -> Chosen | None:
 def _components(key: str, chosen: Chosen) -> Iterator[str]:
     """Yield the section of one component, then the others as comments."""
     schemas = _schemas(chosen.registry)
-    complete = [name for name, schema in schemas.items() if _loads(schema)]
-    first = chosen.default or complete[0]
+    first = chosen.default or chosen.example
     for name in sorted(schemas, key=lambda name: name != first):
         meaning = _comment(inspect.cleandoc(schemas[name].__doc__ or "").split("\n\n")[0], "  ")
         block = [f"{key}:", *meaning, f"  name: {name}", *_keys(schemas[name], "  ")]
         yield from block if name == first else ["", *(f"# {line}".rstrip() for line in block)]
-
-
-def _loads(schema: type[Any]) -> bool:
-    """Tell whether the defaults alone make a component."""
-    return not any(required(field) for field in keys(schema).values())
 
 
 def _keys(schema: type[Any], indent: str) -> Iterator[str]:

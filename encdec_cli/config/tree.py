@@ -143,6 +143,13 @@ def parse(text: str, source: str, place: Place | None = None) -> Node:
     return _Parser(text, source, place).document()
 
 
+def value_of(text: str, place: Place) -> Node:
+    """Read the value of a `key=value` word: YAML if it is quoted or bracketed, otherwise a scalar as it stands."""
+    if text[:1] in ("[", "{", '"', "'"):
+        return parse(text, str(place), place)
+    return Node(scalar(text), place, place)
+
+
 class _Parser:
     """Builds the tree from PyYAML's events, which tell of tags and aliases before anything is made of them."""
 

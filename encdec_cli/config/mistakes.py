@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from encdec_cli.config_schema import known_keys
-from encdec_cli.config_yaml import Node, Place, plain
+from encdec_cli.config.schema import known_keys
+from encdec_cli.config.tree import Node, Place, plain
+from encdec_cli.errors import UsageError
 from encdec_cli.registry import nearest
 
 _LONGEST = 60
+_SHOWN = 50
 _EXPECTED = {
     "int_type": "int",
     "int_from_float": "int",
@@ -29,6 +31,31 @@ _EXPECTED = {
 }
 
 
+class Mistakes:
+    """Collects what is wrong, to tell it all at once."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[bool, Place, str]] = []
+
+    def add(self, place: Place, path: str, what: str) -> None:
+        """Note one mistake; `path` is the dotted key, empty for the file as a whole."""
+        # An override begins with its key: there is no need to name it twice.
+        named = not path or str(place).startswith(f"{path}=")
+        line = f"{place}: {what}" if named else f"{place}: {path}: {what}"
+        self._found.append((place.line == 0, place, one_line(line)))
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def check(self) -> None:
+        """Raise UsageError with one line a mistake, in the order of the file, if there is any."""
+        if not self._found:
+            return
+        lines = list(dict.fromkeys(line for _, _, line in sorted(self._found)))
+        rest = [f"and {len(lines) - _SHOWN} more mistakes"] if len(lines) > _SHOWN else []
+        raise UsageError("\n".join(lines[:_SHOWN] + rest))
+
+
 def tell(value: Any) -> str:
     """Show a value in a message: quoted, shortened, with control characters escaped."""
     if isinstance(value, str):
@@ -40,6 +67,11 @@ def tell(value: Any) -> str:
     if value is None:
         return "nothing"
     return str(value).lower() if isinstance(value, bool) else str(value)[:_LONGEST]
+
+
+def one_line(text: str) -> str:
+    """Return `text` with line ends and control characters escaped, so that a mistake stays one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def join(errors: Sequence[Any], root: Node, path: str, hint: Any) -> Iterator[tuple[Place, str, str]]:
@@ -67,7 +99,9 @@ def _locate(root: Node, path: str, error: Any) -> tuple[Node, str]:
         elif isinstance(node.value, list) and isinstance(part, int) and part < len(node.value):
             node, path = node.value[part], f"{path}[{part}]"
         # Any other part is pydantic's name for an alternative of a union.
-    return (node, f"{path}.{last}".lstrip(".")) if error["type"] == "missing" else (node, path)
+    if error["type"] != "missing":
+        return node, path
+    return node, f"{path}[{last}]" if isinstance(last, int) else f"{path}.{last}".lstrip(".")
 
 
 def _unknown(key: str, group: Sequence[Any], hint: Any) -> str:

@@ -1,0 +1,134 @@
+"""Components in a recipe and on the command line: a name from a registry, and keys that its class declares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from encdec_cli.config.checks import checked
+from encdec_cli.config.mistakes import Mistakes, tell
+from encdec_cli.config.schema import model_of, plain_value, schema_of
+from encdec_cli.config.tree import Node, Place, PlacedError, plain, value_of
+from encdec_cli.errors import EncdecError, UsageError
+from encdec_cli.registry import Registry, nearest
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component as a recipe names it: its name, its checked keys, its class."""
+
+    name: str
+    config: Any
+    """The component itself where it has no weights; otherwise its `Config`."""
+    cls: type[Any]
+
+    def build(self, *arguments: Any) -> Any:
+        """Return the component: for one with weights, `cls(config, *arguments)`."""
+        return self.config if isinstance(self.config, self.cls) else self.cls(self.config, *arguments)
+
+    def plain(self) -> dict[str, Any]:
+        """Return name and keys, all defaults filled, as plain JSON types."""
+        return {"name": self.name, **plain_value(self.config)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Marks a section whose `name` chooses a component: `Annotated[Component, Chosen(models, "transformer")]`."""
+
+    registry: Registry[type[Any]]
+    default: str | None = None
+    """The name where the recipe gives none; without it the section is required."""
+    example: str | None = None
+    """The name that an explained recipe shows where there is no default."""
+
+
+def build_component(chosen: Chosen, node: Node, path: str, mistakes: Mistakes) -> Component | None:
+    """Return the component that a section names, or None after noting what is wrong with it."""
+    if node.value is None:
+        node = Node({}, node.place, node.key)
+    if not isinstance(node.value, dict):
+        what = f"expected a section such as {{name: {chosen.registry.names()[0]}}}, found {tell(plain(node))}"
+        mistakes.add(node.place, path, what)
+        return None
+    inside = dict(node.value)
+    name = inside.pop("name", None)
+    if name is None and chosen.default is None:
+        mistakes.add(node.place, f"{path}.name", f"missing; choose among {', '.join(chosen.registry.names())}")
+        return None
+    if name is None:
+        name = Node(chosen.default, node.place, node.key)
+    cls = _look_up(chosen.registry, name, f"{path}.name", mistakes)
+    if cls is None:
+        return None
+    return _component(cls, str(name.value), Node(inside, node.place, node.key), path, mistakes)
+
+
+def _look_up(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> type[Any] | None:
+    known = registry.names()
+    if name.value not in known:
+        hint = nearest(str(name.value), known)
+        mistakes.add(name.place, path, f"no {registry.kind} {tell(plain(name))} among {', '.join(known)}{hint}")
+        return None
+    try:
+        return registry.get(str(name.value))
+    except EncdecError as error:
+        mistakes.add(name.place, path, str(error).rstrip("."))
+        return None
+
+
+def _component(cls: type[Any], name: str, node: Node, path: str, mistakes: Mistakes) -> Component | None:
+    try:
+        model = model_of(schema_of(cls))
+    except (AttributeError, EncdecError) as error:
+        mistakes.add(node.key, path, f"'{name}' cannot be configured: {error}")
+        return None
+    config = checked(model, node, path, mistakes)
+    return None if config is None else Component(name, config, cls)
+
+
+def parse_component(text: str, registry: Registry[type[Any]], flag: str) -> Any:
+    """Read `name,key=value,…` of the command line, such as `sampling,temperature=0.8,seed=1`; return the component.
+
+    Args:
+        text: the word after the flag.
+        registry: where the name is looked up.
+        flag: the flag as the user wrote it, for messages.
+    """
+    mistakes = Mistakes()
+    place = Place(0, 0, f"{flag} {text}")
+    name, *pairs = _split(text)
+    inside = {"name": Node(name, place, place)}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        try:
+            if not equals or not key or key in inside:
+                raise PlacedError(place, f"{tell(pair)}: expected key=value, each key once")
+            inside[key] = value_of(value, place)
+        except PlacedError as mistake:
+            mistakes.add(place, "", str(mistake))
+    mistakes.check()
+    cls = _look_up(registry, inside.pop("name"), "", mistakes)
+    component = _component(cls, name, Node(dict(inside), place, place), "", mistakes) if cls else None
+    mistakes.check()
+    if component is None:
+        raise UsageError(str(place))
+    return component.config
+
+
+def _split(text: str) -> list[str]:
+    """Cut at the commas that stand outside brackets and quotes."""
+    words, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        elif character in "[{":
+            depth += 1
+        elif character in "]}":
+            depth -= 1
+        if character == "," and not depth and not quote:
+            words.append("")
+        else:
+            words[-1] += character
+    return words

@@ -1,0 +1,73 @@
+"""The plain side of the benchmark is the same model and the same search as ours, written independently."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from .plain import BOS, EOS, beam_search
+from .speed import equal_outputs, generation_variants, measure, our_model, plain_model, synthetic, training_variants
+
+VOCAB = 60
+
+
+def test_the_plain_model_with_our_weights_gives_our_logits() -> None:
+    ours, plain = our_model(VOCAB).eval(), plain_model(VOCAB).eval()
+    torch.manual_seed(2)
+    source, target = torch.randint(4, VOCAB, (3, 9)), torch.randint(4, VOCAB, (3, 7))
+    source[0, 6:] = 0
+    with torch.no_grad():
+        expected = ours.project(ours(source, source != 0, target))
+        torch.testing.assert_close(plain(source, target), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_all_searches_write_the_same_outputs() -> None:
+    variants, outputs = generation_variants(synthetic(12, VOCAB), sentences=12, batch=5, beam=3)
+    for variant in variants:
+        if variant.name != "ours, auto":
+            assert variant.run() == 12
+    assert outputs["ours, fp32"] == outputs["textbook cache, fp32"] == outputs["no cache, fp32"]
+    assert "ours, fp32 12" in equal_outputs(outputs)
+
+
+class Table:
+    """A decoder whose next token depends on the last one only."""
+
+    def __init__(self, seed: int) -> None:
+        self.logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)) * 2
+
+    def step(self, tokens: Tensor) -> Tensor:
+        return self.logits[tokens[:, -1]]
+
+    def reorder(self, rows: Tensor) -> None:
+        pass
+
+
+def exhaustive(table: Table, maximum: int) -> list[int]:
+    """The ended output over the words 4 and 5 with the highest log-probability / length, EOS counted."""
+    log_probs = table.logits.log_softmax(dim=1)
+
+    def score(words: tuple[int, ...]) -> float:
+        path = (BOS, *words, EOS)
+        return sum(float(log_probs[a, b]) for a, b in itertools.pairwise(path)) / (len(path) - 1)
+
+    return list(max((w for n in range(maximum + 1) for w in itertools.product((4, 5), repeat=n)), key=score))
+
+
+def test_the_plain_search_with_a_huge_beam_is_exhaustive() -> None:
+    lengths = set()
+    for seed in range(20):
+        table = Table(seed)
+        (found,) = beam_search(table, 1, 16, [3])
+        assert found == exhaustive(table, 3)
+        lengths.add(len(found))
+    assert lengths == {0, 1, 2, 3}
+
+
+def test_every_way_of_training_learns_from_the_same_tokens() -> None:
+    variants = training_variants(synthetic(8, VOCAB), tokens=200, count=1)
+    ticks = iter(range(100))
+    speeds = measure(variants, 1, lambda: float(next(ticks)))
+    assert len({values[0] for values in speeds.values()}) == 1

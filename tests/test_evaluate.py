@@ -1,0 +1,124 @@
+"""`encdec evaluate` in a shell: hypotheses from a pipe, a file or the model; sacreBLEU's own numbers."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+import sacrebleu
+
+from tests.conftest import encdec, write_lines
+
+HYPOTHESES = ["the cat sat on the mat", "a dog barks", "it rains in Spain today", "nothing to see here"]
+REFERENCES = ["the cat sat on a mat", "the dog barks loudly", "it rains in Spain", "there is nothing to see"]
+OTHERS = ["a cat was on the mat", "a dog barks loudly", "today it rains in Spain", "nothing to see"]
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name, lines in (("hyp", HYPOTHESES), ("ref", REFERENCES), ("ref2", OTHERS), ("base", OTHERS)):
+        write_lines(tmp_path / name, lines)
+    return tmp_path
+
+
+def test_bleu_from_a_pipe_is_sacrebleus(files):
+    done = encdec(
+        "evaluate",
+        "--metric",
+        "bleu",
+        "--reference",
+        files / "ref",
+        "--score-only",
+        stdin="".join(f"{h}\n" for h in HYPOTHESES),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score:.2f}\n"
+
+
+def test_several_metrics_and_references_and_a_gzip(files):
+    (files / "hyp.gz").write_bytes(gzip.compress((files / "hyp").read_bytes()))
+    done = encdec(
+        *("evaluate", files / "hyp.gz", "--reference", files / "ref", "--reference", files / "ref2", "--json"),
+        *("--metric", "bleu,tokenize=zh", "--metric", "chrf,word_order=2", "--metric", "ter", "--metric", "rouge"),
+        *("--metric", "exact", "--metric", "f1", "--metric", "distinct"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    scores = {score["name"]: score for score in report["scores"]}
+    both = [REFERENCES, OTHERS]
+    assert scores["chrF2++"]["value"] == pytest.approx(sacrebleu.corpus_chrf(HYPOTHESES, both, word_order=2).score)
+    assert scores["TER"]["value"] == pytest.approx(sacrebleu.corpus_ter(HYPOTHESES, both).score)
+    assert "nrefs:2" in scores["BLEU"]["signature"]
+    assert "tok:zh" in scores["BLEU"]["signature"]
+    assert {"rouge1", "rouge2", "rougeL", "rougeLsum"} <= {name.lower() for name in scores}
+    assert all(
+        score["low"] <= score["value"] <= score["high"] for score in report["scores"] if score["low"] is not None
+    )
+
+
+def test_the_paired_test_has_sacrebleus_p_value(files):
+    many = {"hyp": HYPOTHESES * 5, "ref": REFERENCES * 5, "base": OTHERS * 5}
+    for name, lines in many.items():
+        write_lines(files / name, lines)
+    done = encdec(
+        "evaluate", files / "hyp", "--metric", "bleu", "-r", files / "ref", "--baseline", files / "base", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    ours = json.loads(done.stdout)["scores"][0]
+    command = [
+        sys.executable,
+        "-m",
+        "sacrebleu",
+        files / "ref",
+        "-i",
+        files / "base",
+        files / "hyp",
+        "-m",
+        "bleu",
+        "--paired-ar",
+        "-f",
+        "json",
+    ]
+    theirs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert ours["p_value"] == pytest.approx(theirs[1]["BLEU"]["p_value"], abs=1e-9)
+
+
+def test_files_of_unequal_length_are_refused_with_counts_and_row(files):
+    write_lines(files / "short", [*HYPOTHESES[:1], *HYPOTHESES[2:]])
+    done = encdec("evaluate", files / "short", "-r", files / "ref")
+    assert done.returncode == 4
+    assert "3 lines" in done.stderr
+    assert "4" in done.stderr
+    assert "row" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_empty_pipe_is_a_broken_pipeline(files):
+    done = encdec("evaluate", "-r", files / "ref", stdin="")
+    assert done.returncode == 4
+    assert "no hypotheses" in done.stderr
+
+
+def test_the_model_writes_the_hypotheses_of_its_own_test_split(copy_run):
+    done = encdec("evaluate", "--model", copy_run, "--metric", "exact", "--metric", "perplexity", "--json")
+    assert done.returncode == 0, done.stderr
+    scores = {score["name"]: score["value"] for score in json.loads(done.stdout)["scores"]}
+    assert scores["exact"] >= 95
+    assert 1 <= scores["perplexity"] < 2
+
+
+def test_generate_then_evaluate_in_a_pipe_is_the_model_evaluated(copy_run):
+    corpus = copy_run.parent / "corpus"
+    encdec_ = f"{sys.executable} -m encdec_cli"
+    command = f"{encdec_} generate {corpus}/test.src --model {copy_run} | {encdec_} evaluate --metric bleu --reference {corpus}/test.tgt"
+    from tests.conftest import environment
+
+    piped = subprocess.run(
+        ["bash", "-c", command], env=environment(), capture_output=True, check=True, stdin=subprocess.DEVNULL
+    )
+    alone = encdec("evaluate", "--model", copy_run, "--metric", "bleu")
+    assert piped.stdout.decode() == alone.stdout
+    assert piped.stdout.startswith(b"BLEU = ")
