@@ -7,10 +7,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import ctranslate2
 import pytest
 import torch
-
-ctranslate2 = pytest.importorskip("ctranslate2", reason="needs the extra ctranslate2")
 
 from encdec_cli import atomic, cli
 from encdec_cli.bundle.bundle import Bundle, build_model
@@ -339,14 +338,14 @@ def encdec(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ENCDEC_MODEL", raising=False)
     monkeypatch.setitem(cli.COMMANDS, "export", export_command)
-    threads = torch.get_num_threads()
+    # This process is shared with other tests, which want their one thread back.
+    monkeypatch.setattr("encdec_cli.training.machine.use_threads", lambda count: None)
 
     def run(*arguments: object) -> tuple[int, str, str]:
         code = cli.run([str(argument) for argument in arguments])
         return (code, *capsys.readouterr())
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 @pytest.fixture

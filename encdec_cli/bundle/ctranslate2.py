@@ -28,13 +28,13 @@ from encdec_cli.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary
 TOLERANCES = {
     "none": Tolerance(1e-3, 0.99),
     "float32": Tolerance(1e-3, 0.99),
-    "float16": Tolerance(0.1, 0.97),
+    "float16": Tolerance(0.05, 0.98),
     "bfloat16": Tolerance(0.5, 0.9),
-    "int16": Tolerance(0.5, 0.9),
-    "int8": Tolerance(2.0, 0.75),
-    "int8_float32": Tolerance(2.0, 0.75),
-    "int8_float16": Tolerance(2.0, 0.75),
-    "int8_bfloat16": Tolerance(2.0, 0.75),
+    "int16": Tolerance(0.25, 0.95),
+    "int8": Tolerance(1.5, 0.8),
+    "int8_float32": Tolerance(1.5, 0.8),
+    "int8_float16": Tolerance(1.5, 0.8),
+    "int8_bfloat16": Tolerance(1.5, 0.8),
 }
 """What `--quantize` takes, under CTranslate2's own names, and how far from the model each may be."""
 MIN_POSITIONS = 2048

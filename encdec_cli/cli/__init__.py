@@ -16,6 +16,7 @@ from encdec_cli import __version__
 from encdec_cli.cli import console
 from encdec_cli.cli.chat import chat
 from encdec_cli.cli.evaluate import evaluate
+from encdec_cli.cli.export import export
 from encdec_cli.cli.generate import generate
 from encdec_cli.cli.listing import list_components
 from encdec_cli.cli.preprocess import preprocess
@@ -27,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "export": export,
     "chat": chat,
     "list": list_components,
 }

@@ -25,7 +25,7 @@ from encdec_cli.errors import DataError
 MAX_LINE_BYTES = 16 << 20
 """A longer line is an error: it is a file of another kind, or a decompression bomb."""
 
-_STDIN = "<stdin>"
+_STDIN = "stdin"
 _BOM = b"\xef\xbb\xbf"
 _GZIP_MAGIC = b"\x1f\x8b"
 # One search tells whether a line needs any care at all; nearly none does.
@@ -161,7 +161,8 @@ def _open(path: Path | None, stack: ExitStack) -> tuple[IO[bytes], str]:
     if path is None or str(path) == "-":
         if sys.stdin is None:
             raise DataError("stdin is closed; give a file, or write lines to stdin.")
-        return _unpacked(sys.stdin.buffer, _STDIN, False), _STDIN
+        # A reader of our own: Python aborts at exit if another thread still waits in sys.stdin's.
+        return _unpacked(open(sys.stdin.fileno(), "rb", closefd=False), _STDIN, False), _STDIN  # noqa: PTH123, SIM115
     name = str(path)
     try:
         file = stack.enter_context(path.open("rb"))
