@@ -134,7 +134,7 @@ def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], options
 
 def _read(bundle: Bundle, place: int, example: Example) -> _Line:
     ids = bundle.source.encode(bundle.task.source(example)) if example.source.strip() else []
-    most = bundle.recipe.text.max_source - 1  # EOS counts
+    most = bundle.longest_source
     return _Line(place, Generated(example, [], truncated=len(ids) > most), ids[:most])
 
 
@@ -154,9 +154,12 @@ def _search(bundles: Sequence[Bundle], batch: Batch, options: Options) -> list[l
     device = bundles[0].device
     mask = batch.source_mask
     lengths = mask.sum(1).tolist()
-    maximum = torch.tensor([length_limit(strategy.max_length, length - 1) for length in lengths])
-    limits = Limits(minimum=torch.ones_like(maximum), maximum=maximum)
     models = [bundle.model for bundle in bundles]
+    maximum = torch.tensor([length_limit(strategy.max_length, length - 1) for length in lengths])
+    for model in models:
+        if model.max_positions is not None:
+            maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
+    limits = Limits(minimum=torch.ones_like(maximum), maximum=maximum)
     stepper = Stepper(models, batch.source.to(device), mask.to(device), beam=strategy.beam)
     return strategy(stepper, limits, options.rules)
 

@@ -113,7 +113,8 @@ def test_the_model_writes_the_hypotheses_of_its_own_test_split(copy_run):
 def test_generate_then_evaluate_in_a_pipe_is_the_model_evaluated(copy_run):
     corpus = copy_run.parent / "corpus"
     encdec_ = f"{sys.executable} -m encdec_cli"
-    command = f"{encdec_} generate {corpus}/test.src --model {copy_run} | {encdec_} evaluate --metric bleu --reference {corpus}/test.tgt"
+    writer = f"{encdec_} generate {corpus}/test.src --model {copy_run}"
+    command = f"{writer} | {encdec_} evaluate --metric bleu --reference {corpus}/test.tgt"
     from tests.conftest import environment
 
     piped = subprocess.run(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import select
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -173,9 +173,9 @@ def test_head_ends_an_endless_pipe_quietly(copy_run):
 
 
 def test_a_full_disk_on_stdout(copy_run):
-    if not os.path.exists("/dev/full"):
+    if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    with open("/dev/full", "wb") as full:
+    with Path("/dev/full").open("wb") as full:
         process = start("generate", "--model", copy_run, stdout=full)
         _, errors = process.communicate(b"1 2\n", timeout=60)
     assert process.returncode == 6

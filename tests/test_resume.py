@@ -120,7 +120,7 @@ def test_what_must_not_change_is_refused_by_name(copy_run):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(unbroken, tmp_path):
-    recipe, expected = unbroken
+    recipe, _ = unbroken
     run = tmp_path / "run"
     first = encdec("train", recipe, "train.average=2", "train.steps=30", "train.keep=2", "--output", run)
     assert first.returncode == 0, first.stderr

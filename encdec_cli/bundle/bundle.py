@@ -56,6 +56,12 @@ class Bundle:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def longest_source(self) -> int:
+        """Most tokens of a source that the model reads, without EOS; longer ones are cut."""
+        limits = [self.recipe.text.max_source, self.model.max_positions]
+        return min(limit for limit in limits if limit is not None) - 1
+
     @classmethod
     def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
         """Load a bundle, or the bundle of a run folder, after checking every file against its manifest.

@@ -82,7 +82,7 @@ def _turns() -> Iterator[str]:
 
 def _that_fit(bundle: Bundle, task: Dialogue, turns: list[str]) -> int:
     """Return how many of the last turns the task keeps and the model can read."""
-    most = bundle.recipe.text.max_source - 1
+    most = bundle.longest_source
     keep = min(len(turns), task.turns)
     while keep > 1:
         example = task.from_record({"turns": turns[-keep:]})

@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,14 @@ if TYPE_CHECKING:
     from encdec_cli.decoding.hypothesis import Strategy
     from encdec_cli.generation import Generated, Options
     from encdec_cli.text.example import Example
+
+
+class Precision(str, Enum):
+    """The numbers that models compute with."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    auto = "auto"
 
 
 def generate(
@@ -40,6 +49,9 @@ def generate(
     ] = False,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Most lines decoded together.")] = 64,
     device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    precision: Annotated[
+        Precision, typer.Option("--precision", help="bf16 is faster where the machine multiplies it fast.")
+    ] = Precision.fp32,
     plugin: Annotated[
         list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
     ] = None,
@@ -53,7 +65,7 @@ def generate(
     from encdec_cli.generation import generate as decode
     from encdec_cli.text.windows import arriving_windows, full_windows
 
-    bundles = load_bundles(model or [], device, plugin or [])
+    bundles = load_bundles(model or [], device, plugin or [], precision.value)
     options = Options(choose_strategy(bundles[0], strategy, beam, n_best), n_best, batch)
     examples = _examples(bundles[0], file, as_json)
     size = batch * WINDOW_BATCHES

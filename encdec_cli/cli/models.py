@@ -10,13 +10,14 @@ if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
 
 
-def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path]) -> list[Bundle]:
+def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32") -> list[Bundle]:
     """Load the named models, or the default one, which is then said on stderr."""
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import default_model
     from encdec_cli.cli import console
     from encdec_cli.registry import load_environment_plugins, load_plugin
     from encdec_cli.training.machine import check_device, use_threads
+    from encdec_cli.training.precision import choose
 
     check_device(device)
     use_threads(0)
@@ -27,4 +28,5 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path]) ->
     if not paths:
         paths = [default_model()]
         console.say(f"model: {paths[0]}")
-    return [Bundle.load(path, device) for path in paths]
+    dtype = choose(precision, device).dtype
+    return [Bundle.load(path, device, dtype) for path in paths]

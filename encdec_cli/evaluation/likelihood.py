@@ -20,7 +20,7 @@ def likelihoods(bundle: Bundle, examples: Sequence[Example], targets: Sequence[s
 
     Both arrays are [examples]. Sources longer than the model reads are cut, targets are not.
     """
-    most = bundle.recipe.text.max_source - 1
+    most = bundle.longest_source
     sources = [bundle.source.encode(bundle.task.source(example))[:most] for example in examples]
     ids = [
         bundle.target.encode(bundle.task.target(Example(example.source, target, example.record)))

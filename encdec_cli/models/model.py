@@ -39,6 +39,9 @@ class Model(nn.Module):
     A subclass nests a dataclass `Config`, whose fields are the keys of the recipe's `model` section.
     """
 
+    max_positions: int | None = None
+    """Most tokens of a source or a target, EOS or BOS included; None if there is no limit."""
+
     @abstractmethod
     def encode(self, source: Tensor, mask: Tensor) -> Memory:
         """Read sources. source: [sentences, src_len] ids; mask: the same shape, True where there is a token."""

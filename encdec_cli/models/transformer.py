@@ -169,6 +169,7 @@ class Transformer(Model):
                 f"target {target_vocab}; share the vocabulary, or use tie: decoder"
             )
         self.config = config
+        self.max_positions = config.max_positions if config.positions == "learned" else None
         # A shared matrix has one name and one place, so that a saved model holds it once.
         self.target_embedding = self._embedding(target_vocab)
         self.source_embedding = None if config.tie == "all" else self._embedding(source_vocab)

@@ -162,7 +162,7 @@ def _open(path: Path | None, stack: ExitStack) -> tuple[IO[bytes], str]:
         if sys.stdin is None:
             raise DataError("stdin is closed; give a file, or write lines to stdin.")
         # A reader of our own: Python aborts at exit if another thread still waits in sys.stdin's.
-        return _unpacked(open(sys.stdin.fileno(), "rb", closefd=False), _STDIN, False), _STDIN  # noqa: PTH123, SIM115
+        return _unpacked(open(sys.stdin.fileno(), "rb", closefd=False), _STDIN, False), _STDIN
     name = str(path)
     try:
         file = stack.enter_context(path.open("rb"))

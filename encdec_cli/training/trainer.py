@@ -20,7 +20,7 @@ from encdec_cli.bundle.run import point
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
-from encdec_cli.errors import NonFiniteError
+from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
@@ -96,6 +96,7 @@ class Trainer:
             store.source_lengths, store.target_lengths, self.train.tokens, setting.data.data_hash, self.train.seed
         )
         self.store = store
+        self._check_positions()
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
@@ -120,6 +121,15 @@ class Trainer:
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
             if not progress.finished:
                 self._update(next(updates), show)
+
+    def _check_positions(self) -> None:
+        longest = 1 + int(max(self.store.source_lengths.max(), self.store.target_lengths.max()))
+        most = self.model.max_positions
+        if most is not None and longest > most:
+            raise UsageError(
+                f"model.max_positions: {most} positions, but the longest training example has {longest} tokens; raise "
+                "it, or lower text.max_source and text.max_target."
+            )
 
     def try_largest(self) -> tuple[int, int]:
         """Run the largest micro-batch and decode one batch of the longest sources, then forget both.
