@@ -43,7 +43,7 @@ class Bundle:
     facts: dict[str, Any] = field(default_factory=dict)
     """How the model came about: update, score, metric, averaged checkpoints."""
     plugins: Sequence[Plugin] = ()
-    """The plugin files that the model was made with."""
+    """The plugin files that the model was made with; of a loaded bundle, their names without folders."""
 
     @property
     def task(self) -> Task:
@@ -70,20 +70,16 @@ class Bundle:
         """
         folder = find_bundle(path)
         atomic.verify(folder)
-        description = atomic.read_json(folder / _DESCRIPTION)
-        if not isinstance(description, dict) or description.get("format") != FORMAT:
-            found = description.get("format") if isinstance(description, dict) else None
-            raise BundleError(
-                f"{folder / _DESCRIPTION}: bundle format {found}, this version reads {FORMAT}; use a newer encdec."
-            )
-        recipe = _recipe(folder, description)
+        description = _description(folder)
+        plugins = _plugins(folder, description)
+        recipe = _recipe(folder, description, plugins)
         source = _tokenizer(folder, _SOURCE, description["source"])
         target = source if description["shared"] else _tokenizer(folder, _TARGET, description["target"])
         model = build_model(recipe, len(source.vocabulary), len(target.vocabulary))
         weights = folder / _WEIGHTS
         tensors.load_weights(model, tensors.read_tensors(weights), weights)
         model.to(device=device, dtype=dtype).eval()
-        return cls(recipe, model, source, target, description["facts"])
+        return cls(recipe, model, source, target, description["facts"], plugins)
 
     def save(self, folder: Path) -> None:
         """Write the bundle as `folder`, all of it or nothing."""
@@ -93,6 +89,8 @@ class Bundle:
     def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the bundle as `folder` with other weights than the model's own, such as an average's."""
         shared = self.source is self.target
+        # One file may have been given by two paths.
+        made_with = dict.fromkeys((plugin.path.name, plugin.sha256) for plugin in self.plugins)
         description = {
             "format": FORMAT,
             "encdec": __version__,
@@ -101,7 +99,7 @@ class Bundle:
             "source": {"kind": self.source.kind, "tokens": len(self.source.vocabulary)},
             "target": {"kind": self.target.kind, "tokens": len(self.target.vocabulary)},
             "facts": self.facts,
-            "plugins": [{"name": plugin.path.name, "sha256": plugin.sha256} for plugin in self.plugins],
+            "plugins": [{"name": name, "sha256": sha256} for name, sha256 in made_with],
         }
         with atomic.new_folder(folder) as temporary:
             (temporary / _WEIGHTS).write_bytes(tensors.to_bytes(weights))
@@ -123,6 +121,23 @@ def find_bundle(path: Path) -> Path:
     raise BundleError(f"{path}: neither a bundle ({_DESCRIPTION} is missing) nor the folder of a run.")
 
 
+def changed_plugins(path: Path, loaded: Sequence[Plugin]) -> list[str]:
+    """Return a sentence for each loaded plugin whose name is that of one the model was made with, but not its bytes.
+
+    `path` is a bundle or the folder of a run. Only its description is read; no file of it is checked.
+    """
+    folder = find_bundle(path)
+    made_with: dict[str, list[str]] = {}
+    for plugin in _plugins(folder, _description(folder)):
+        made_with.setdefault(plugin.path.name, []).append(plugin.sha256)
+    return [
+        f"plugin {plugin.path} is not the {plugin.path.name} that {path} was made with "
+        f"(sha256 {hashes[0][:12]} then, {plugin.sha256[:12]} now); outputs may differ"
+        for plugin in loaded
+        if (hashes := made_with.get(plugin.path.name)) and plugin.sha256 not in hashes
+    ]
+
+
 def average(bundles: Sequence[Path]) -> dict[str, Tensor]:
     """Return the mean of the weights of several bundles of one model."""
     total: dict[str, Tensor] = {}
@@ -132,13 +147,35 @@ def average(bundles: Sequence[Path]) -> dict[str, Tensor]:
     return {name: (value / len(bundles)).float() for name, value in total.items()}
 
 
-def _recipe(folder: Path, description: dict[str, Any]) -> Recipe:
+def _description(folder: Path) -> dict[str, Any]:
+    description = atomic.read_json(folder / _DESCRIPTION)
+    found = description.get("format") if isinstance(description, dict) else None
+    if found != FORMAT:
+        raise BundleError(
+            f"{folder / _DESCRIPTION}: bundle format {found}, this version reads {FORMAT}; use a newer encdec."
+        )
+    return dict(description)
+
+
+def _plugins(folder: Path, description: dict[str, Any]) -> list[Plugin]:
+    """Return what the bundle says of its plugins; nothing is run, and of a path only the name counts."""
+    try:
+        return [Plugin(Path(Path(one["name"]).name), one["sha256"][:64]) for one in description["plugins"]]
+    except (KeyError, TypeError) as error:
+        raise BundleError(f"{folder / _DESCRIPTION}: 'plugins' lacks name or sha256; the file is damaged.") from error
+
+
+def _recipe(folder: Path, description: dict[str, Any], plugins: Sequence[Plugin]) -> Recipe:
     try:
         return from_resolved(description["recipe"], str(folder / _DESCRIPTION))
     except EncdecError as error:
-        names = ", ".join(f"--plugin {plugin['name']}" for plugin in description["plugins"])
-        hint = f"; the model was made with a plugin, pass {names}" if names else ""
+        flags = " ".join(f"--plugin {plugin.path}" for plugin in plugins)
+        hint = f"; the model was made with {_files(plugins)}, pass {flags}" if plugins else ""
         raise BundleError(f"{error}{hint}") from error
+
+
+def _files(plugins: Sequence[Plugin]) -> str:
+    return ", ".join(f"{plugin.path} (sha256 {plugin.sha256[:12]})" for plugin in plugins)
 
 
 def _tokenizer(folder: Path, name: str, facts: dict[str, Any]) -> Tokenizer:

@@ -35,10 +35,10 @@ class Progress:
     """The update of the last validation."""
     best: float | None = None
     """The best validation score."""
-    best_step: int = 0
-    """The update that reached it."""
+    model: str = ""
+    """The folder below `bundles/` of the model with that score; empty before there is one."""
     stale: int = 0
-    """Validations since then."""
+    """Validations since the last better one."""
     kept: list[int] = field(default_factory=list)
     """Updates whose bundles are kept for averaging, oldest first."""
     log_lines: int = 0
@@ -74,9 +74,21 @@ def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the updates of the committed checkpoints below `folder`, oldest first."""
-    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*") if (path / atomic.MANIFEST).is_file())
+    """Return the updates of the checkpoints below `folder`, oldest first; whether they are whole `load` tells."""
+    matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
     return sorted(int(match[1]) for match in matches if match)
+
+
+def models(folder: Path) -> set[str]:
+    """Return the folders below `bundles/` that the checkpoints below `folder` refer to."""
+    wanted = set()
+    for step in steps(folder):
+        try:
+            progress = _progress(folder / step_name(step))[0]
+        except BundleError:
+            continue  # `load_newest` says so when the time comes
+        wanted |= {progress.model, *map(step_name, progress.kept)}
+    return wanted - {""}
 
 
 def recover(folder: Path) -> None:
@@ -89,7 +101,8 @@ def recover(folder: Path) -> None:
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """Return the newest checkpoint that is whole, or None if there was never one.
 
-    `warn` is given one sentence for each damaged checkpoint that is passed over.
+    Damaged ones that are newer are deleted, so that no later clean-up takes them for the newest; `warn` is given
+    a sentence for each. Call it under the lock of the run.
 
     Raises:
         BundleError: if there are checkpoints and none of them is whole.
@@ -99,10 +112,15 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     for step in reversed(found):
         path = folder / step_name(step)
         try:
-            return load(path)
+            atomic.verify(path)
         except BundleError as error:
             reasons.append(str(error))
             warn(f"checkpoint {path.name} is passed over: {error}")
+            continue
+        whole = _read(path)
+        for damaged in found[len(found) - len(reasons) :]:
+            atomic.remove_folder(folder / step_name(damaged))
+        return whole
     if found:
         raise BundleError(
             f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
@@ -113,10 +131,19 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 def load(path: Path) -> Checkpoint:
     """Read one checkpoint after checking it against its manifest. Raises BundleError."""
     atomic.verify(path)
+    return _read(path)
+
+
+def _read(path: Path) -> Checkpoint:
+    progress, facts = _progress(path)
+    return Checkpoint(progress, tensors.read_tensors(path / _STATE), facts)
+
+
+def _progress(path: Path) -> tuple[Progress, dict[str, Any]]:
     content = atomic.read_json(path / _PROGRESS)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise BundleError(f"{path / _PROGRESS}: not a checkpoint of format {FORMAT}; use the encdec that wrote it.")
     known = {f.name for f in fields(Progress)}
-    if content["progress"].keys() != known:
+    if not isinstance(content.get("progress"), dict) or content["progress"].keys() != known:
         raise BundleError(f"{path / _PROGRESS}: expected the keys {', '.join(sorted(known))}.")
-    return Checkpoint(Progress(**content["progress"]), tensors.read_tensors(path / _STATE), content["facts"])
+    return Progress(**content["progress"]), content["facts"]

@@ -4,7 +4,7 @@ runs/mt/
   data/                 what `preprocess` made
   checkpoints/step_N/   all that resuming needs
   bundles/step_N/       models that scored best, kept for use and for averaging
-  bundle -> bundles/…   the model to use
+  bundle -> bundles/…   the model to use: the best one of the newest checkpoint
   log.jsonl             one JSON object a line
   lock                  who is writing here
 """
@@ -62,13 +62,24 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def point(link: Path, target: Path) -> None:
-    """Make `link` a relative symbolic link to `target`, replacing an older link in one step."""
+    """Make `link` a relative symbolic link to `target`, replacing another one in one step."""
+    wanted = os.path.relpath(target, link.parent)
+    if link.is_symlink() and str(link.readlink()) == wanted:
+        return
     temporary = link.with_name(f"{link.name}.tmp-{os.getpid()}")
     with atomic.disk_errors(link):
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(target, link.parent))
+        temporary.symlink_to(wanted)
         temporary.rename(link)
         atomic.sync_folder(link.parent)
+
+
+def recover(run: Path) -> None:
+    """Delete what a killed process left unfinished of the link and of the files of a run. Call it under its lock."""
+    with atomic.disk_errors(run):
+        for leftover in run.glob("*.tmp-*"):
+            if leftover.name.rpartition("-")[2].isdigit() and (leftover.is_symlink() or leftover.is_file()):
+                leftover.unlink()
 
 
 def newest_run(runs: Path = RUNS) -> Path:

@@ -31,7 +31,8 @@ def chat(
 ) -> None:
     """Talk with a dialogue model; it remembers the turns, and says so when old ones no longer fit.
 
-    /new starts a new conversation, Ctrl-D ends. In a pipe each line is a turn and each answer a line.
+    /new starts a new conversation, Ctrl-D ends. In a pipe each line is a turn and each answer a line, an empty
+    one for an empty one.
     """
     from encdec_cli.cli import console
     from encdec_cli.cli.generate import choose_strategy
@@ -46,21 +47,36 @@ def chat(
         raise UsageError(f"chat needs a model of the task dialogue, this one was made for {bundle.recipe.task.name}.")
     options = Options(choose_strategy(bundle, strategy, beam))
     turns: list[str] = []
-    forgotten = 0
+    told = False
     for said in _turns():
         if said == _RESET:
-            turns, forgotten = [], 0
+            turns, told = [], False
+            continue
+        if not said.strip():
+            _answer("")
             continue
         turns.append(said)
         kept = _that_fit(bundle, task, turns)
-        if len(turns) - kept > forgotten:
-            forgotten = len(turns) - kept
-            console.say(f"the first {forgotten} turns of this conversation no longer fit and are forgotten")
+        if len(turns) > kept and not told:
+            told = True
+            console.say(
+                f"the first {len(turns) - kept} turns of this conversation no longer fit; from here on the oldest "
+                "ones are forgotten"
+            )
         result = next(generate([bundle], [[task.from_record({"turns": turns[-kept:]})]], options))
-        answer = first_text(result)
-        turns.append(answer)
-        sys.stdout.write(answer + "\n")
-        sys.stdout.flush()
+        if result.truncated:
+            console.say("what you said is longer than the model can read; its end was left out")
+        turns.append(first_text(result))
+        _answer(turns[-1])
+
+
+def _answer(text: str) -> None:
+    from encdec_cli.cli import console
+
+    if sys.stdout.isatty():
+        text = console.printable(text)
+    sys.stdout.buffer.write(text.encode() + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def _turns() -> Iterator[str]:
@@ -70,6 +86,7 @@ def _turns() -> Iterator[str]:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from read_lines(None)
         return
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
     while True:
         try:
             said = input("> ")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32") -> list[Bundle]:
     """Load the named models, or the default one, which is then said on stderr."""
-    from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.bundle.run import default_model
     from encdec_cli.cli import console
     from encdec_cli.registry import load_environment_plugins, load_plugin
@@ -21,12 +21,13 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
 
     check_device(device)
     use_threads(0)
-    load_environment_plugins()
-    for path in plugins:
-        load_plugin(path)
+    loaded = dict.fromkeys([*load_environment_plugins(), *map(load_plugin, plugins)])
     paths = list(named)
     if not paths:
         paths = [default_model()]
         console.say(f"model: {paths[0]}")
+    for path in paths:
+        for sentence in changed_plugins(path, list(loaded)):
+            console.warn(sentence)
     dtype = choose(precision, device).dtype
     return [Bundle.load(path, device, dtype) for path in paths]

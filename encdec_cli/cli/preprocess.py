@@ -28,10 +28,11 @@ def preprocess(
     from encdec_cli.cli import console
     from encdec_cli.recipe import load
     from encdec_cli.training.data import prepared_data
+    from encdec_cli.training.signals import watched
 
     run = output or default_run(recipe)
     loaded = load(recipe, overrides or [], plugins=plugin or [], sections={"task", "data", "text"})
-    with locked(run):
+    with locked(run), watched():
         prepared, made = prepared_data(loaded, run, console.say)
     if not made:
         console.say(f"nothing to do: {data_folder(run)} is current ({prepared.count('train'):,} training pairs)")

@@ -59,12 +59,15 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
     from encdec_cli.cli.progress import TrainingProgress
+    from encdec_cli.config import parse_component
+    from encdec_cli.registry import metrics
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
+    parse_component(recipe.train.metric, metrics, "train.metric")  # a mistake costs no time on the data
     use_threads(recipe.train.threads)
     start = Bundle.load(init_from, device) if init_from else None
     with locked(run), watched() as stop:

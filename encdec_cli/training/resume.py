@@ -13,7 +13,8 @@ from encdec_cli.errors import UsageError
 from encdec_cli.recipe import Recipe, resolved
 
 _FIXED = ("model",)
-_FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed", "precision")
+_FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed")
+_DATA = ("task", "data", "text")
 
 
 def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:
@@ -32,13 +33,22 @@ def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[st
     changed = _differences(_comparable(old), _comparable(new))
     fatal = {key: value for key, value in changed.items() if _is_fixed(key)}
     if fatal:
-        listed = "; ".join(f"{key} was {a!r}, is {b!r}" for key, (a, b) in fatal.items())
-        raise UsageError(
-            f"{run}: this run cannot go on with a changed {listed}; change it back, or start anew with --output FOLDER."
-        )
-    for key, (a, b) in changed.items():
+        listed = "; ".join(_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items()))
+        raise UsageError(f"{run}: this run cannot go on: {listed}; change it back, or start anew with --output FOLDER.")
+    for key, (a, b) in sorted(changed.items()):
         exact = "" if key.startswith("recipe.") else "; the weights will not be bit-identical to an unbroken run's"
-        say(f"note: {key} was {a!r}, is now {b!r}{exact}")
+        say(f"note: {key.removeprefix('recipe.')} was {a!r}, is now {b!r}{exact}")
+
+
+def _verdict(key: str, old: Any, new: Any, changed: dict[str, tuple[Any, Any]]) -> str:
+    if key != "data_hash":
+        return f"{key.removeprefix('recipe.')} was {old!r}, is {new!r}"
+    why = [f"{k.removeprefix('recipe.')} was {a!r}, is {b!r}" for k, (a, b) in sorted(changed.items()) if _is_data(k)]
+    return f"its training data are others ({', '.join(why) or 'the files have changed'})"
+
+
+def _is_data(key: str) -> bool:
+    return key.startswith("recipe.") and key.split(".")[1] in _DATA
 
 
 def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:

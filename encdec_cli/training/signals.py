@@ -15,6 +15,8 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.at_once = True
+        """Whether a signal raises StoppedError where the work stands: as long as there is nothing to save."""
 
     def __bool__(self) -> bool:
         return self.signal is not None
@@ -29,14 +31,19 @@ class Stop:
 def watched() -> Iterator[Stop]:
     """Catch SIGINT, SIGTERM and SIGHUP inside the block; the handlers of before come back at its end.
 
+    The first one ends the work by StoppedError, or, once `at_once` is false, asks it to save and leave.
     What was ignored stays ignored: `nohup encdec train …` outlives its terminal.
     """
     stop = Stop()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if stop:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         stop.signal = number
+        if stop.at_once:
+            raise stop.error("stopped by a signal before there was anything to save; the same command starts again.")
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]

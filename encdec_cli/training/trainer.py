@@ -16,20 +16,21 @@ from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, average, build_model
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress, step_name
-from encdec_cli.bundle.run import point
+from encdec_cli.bundle.run import point, recover
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
-from encdec_cli.errors import NonFiniteError, UsageError
+from encdec_cli.errors import BundleError, NonFiniteError, UsageError
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
+from encdec_cli.training.initial import take_weights
 from encdec_cli.training.log import Log
 from encdec_cli.training.loss import real_rows, token_loss
 from encdec_cli.training.optimizer import AdamSettings, Optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
-from encdec_cli.training.validation import Validation
+from encdec_cli.training.validation import Validation, finite
 
 Show = Callable[[int, float, int, "float | None"], None]
 """Is told of each update: its number, loss per target token, target tokens, and the best validation score."""
@@ -83,7 +84,7 @@ class Trainer:
         torch.manual_seed(self.train.seed)
         model = build_model(setting.recipe, len(source.vocabulary), len(target.vocabulary)).to(setting.device)
         if setting.init_from is not None:
-            model.load_state_dict(setting.init_from.model.state_dict())
+            take_weights(model, setting.init_from, source, target)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
         self.parameters = list(model.parameters())
@@ -101,12 +102,14 @@ class Trainer:
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
         self.bundles = setting.run / "bundles"
+        self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
         self.clock = Clock()
         self._resume()
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
+        self.setting.stop.at_once = False
         progress = self.progress
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
@@ -114,7 +117,7 @@ class Trainer:
                 self._validate()
             if self._is_over():
                 self._finish()
-            if self._due(self.train.save_every) or progress.finished or self.setting.stop:
+            if self._unsaved and (self._must_save() or self.setting.stop):
                 self._save()
             if self.setting.stop:
                 where = f"saved at update {progress.step}; the same command continues"
@@ -146,7 +149,12 @@ class Trainer:
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
-        return step > 0 and (step % every == 0 or step >= self.train.steps)
+        return step > 0 and every > 0 and (step % every == 0 or step >= self.train.steps)
+
+    def _must_save(self) -> bool:
+        """A validation is always followed by a checkpoint: that is what makes its bundle the run's model."""
+        progress = self.progress
+        return self._due(self.train.save_every) or progress.finished or progress.validated == progress.step
 
     def _is_over(self) -> bool:
         if self.setting.stop:
@@ -161,12 +169,13 @@ class Trainer:
         tokens = sum(int(self.store.target_lengths[rows].sum()) + len(rows) for rows in batches)  # EOS counts
         self.model.train()
         # A seed of its own for each update: no random state has to be saved.
-        torch.manual_seed(self.train.seed * 1_000_003 + step)
+        torch.manual_seed((self.train.seed * 1_000_003 + step) % (1 << 63))
         loss = sum(self._accumulate(batch, 1 / tokens) for batch in loaded)
         norm = self.optimizer.clip(self.train.clip)
         self._check_finite(loss, norm, step, batches)
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
         self.optimizer.step(rate)
+        self._unsaved = True
         progress.step = step
         progress.tokens += tokens
         progress.loss += loss
@@ -213,35 +222,45 @@ class Trainer:
         scores = self.validation.run(self.bundle, self.setting.stop)
         if scores is None:  # interrupted: done again when the run goes on
             return
+        self._unsaved = True
         progress.validated = progress.step
         score = self.validation.score(scores)
         self._write_log("valid", scores)
         better = self._is_better(score)
         progress.stale = 0 if better else progress.stale + 1
         if better:
-            progress.best, progress.best_step = score, progress.step
+            progress.best, progress.model = score, step_name(progress.step)
         if self.train.average > 1:
             progress.kept = [*progress.kept, progress.step][-self.train.average :]
         if better or progress.step in progress.kept:
-            self.bundle.facts = {"step": progress.step, "scores": scores, "averaged": []}
-            self.bundle.save_weights(self.bundles / step_name(progress.step), self._weights())
-        if better:
-            point(self.run_folder / "bundle", self.bundles / step_name(progress.step))
-        self._drop_bundles()
+            self._keep_bundle(scores)
         mark = " (best)" if better else ""
         listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.setting.say(f"update {progress.step}: {listed}{mark}")
 
     def _is_better(self, score: float) -> bool:
         best = self.progress.best
-        return best is None or (score > best if self.validation.higher_is_better else score < best)
+        if best is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score > best if self.validation.higher_is_better else score < best
 
-    def _drop_bundles(self) -> None:
-        """Delete the bundles that are neither the best nor kept for averaging, after the link has moved on."""
-        wanted = {step_name(step) for step in (*self.progress.kept, self.progress.best_step)}
-        for old in self.bundles.glob("step_*"):
-            if old.name not in wanted:
-                atomic.remove_folder(old)
+    def _keep_bundle(self, scores: dict[str, float]) -> None:
+        self.bundle.facts = {"step": self.progress.step, "scores": finite(scores), "averaged": []}
+        self.bundle.save_weights(self.bundles / step_name(self.progress.step), self._weights())
+
+    def _publish(self) -> None:
+        """Let `bundle` name the best model of the newest checkpoint, and delete what no checkpoint refers to.
+
+        Called after a checkpoint is committed: the link never names a bundle that going on would write again.
+        """
+        link = self.run_folder / "bundle"
+        if self.progress.model:
+            point(link, self.bundles / self.progress.model)
+        if self.bundles.is_dir():
+            wanted = {*checkpoint.models(self.checkpoints), link.resolve().name}
+            for old in self.bundles.iterdir():
+                if old.name not in wanted:
+                    atomic.remove_folder(old)
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights at full precision: those of the optimizer, and buffers as the model has them."""
@@ -256,8 +275,12 @@ class Trainer:
         progress = self.progress
         if len(progress.kept) > 1:
             self._try_average()
-        if not self.setting.stop:
-            progress.finished = True
+        if self.setting.stop:
+            return
+        if not progress.model:  # never judged, or never a number: the last model is the one
+            self._keep_bundle({})
+            progress.model = step_name(progress.step)
+        self._unsaved = progress.finished = True
 
     def _try_average(self) -> None:
         progress = self.progress
@@ -275,34 +298,55 @@ class Trainer:
         verdict = "best" if better else "not better, left out"
         self.setting.say(f"average of {len(progress.kept)} checkpoints: {listed} ({verdict})")
         if better:
-            candidate.facts = {"step": progress.step, "scores": scores, "averaged": progress.kept}
-            path = self.bundles / "average"
-            atomic.recover(path)
-            candidate.save_weights(path, weights)
-            point(self.run_folder / "bundle", path)
-            progress.best = score
+            candidate.facts = {"step": progress.step, "scores": finite(scores), "averaged": progress.kept}
+            progress.best, progress.model = score, f"average_{progress.step:08d}"
+            candidate.save_weights(self.bundles / progress.model, weights)
 
     def _write_log(self, event: str, fields: dict[str, Any]) -> None:
         self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
         self.progress.log_lines += 1
 
+    def _check_bundles(self) -> None:
+        """Forget models of the checkpoint that are damaged or gone; without the best one, judge anew."""
+        progress = self.progress
+        names = [name for name in {progress.model, *map(step_name, progress.kept)} if name]
+        lost = {name for name in names if not self._is_whole(self.bundles / name)}
+        progress.kept = [step for step in progress.kept if step_name(step) not in lost]
+        if progress.model in lost:
+            progress.best, progress.model, progress.validated, progress.finished = None, "", -1, False
+
+    def _is_whole(self, bundle: Path) -> bool:
+        try:
+            atomic.verify(bundle)
+        except BundleError as error:
+            self.setting.say(f"a model of this run is lost and will be replaced: {error}")
+            return False
+        return True
+
     def _save(self) -> None:
-        tensors = self.optimizer.state() | {
+        state = self.optimizer.state() | {
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
-        checkpoint.save(self.checkpoints, Checkpoint(self.progress, tensors, self.facts), self.train.keep)
+        self.log.sync()
+        checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.train.keep)
+        self._unsaved = False
+        self._publish()
 
     def _resume(self) -> None:
         for folder in (self.checkpoints, self.bundles):
             checkpoint.recover(folder)
-        found = checkpoint.load_newest(self.checkpoints, self.setting.say)
-        self.log.keep(found.progress.log_lines if found else 0)
-        if found is None:
-            return
+        recover(self.run_folder)
         say = self.setting.say
+        found = checkpoint.load_newest(self.checkpoints, say)
+        if found is None:
+            self.log.keep(0)
+            return
         resume.check(found.facts, self.facts, self.run_folder, say)
+        self.log.keep(found.progress.log_lines)
         self.progress = found.progress
-        self.progress.finished = found.progress.finished and found.progress.step >= self.train.steps
+        self.progress.finished = found.progress.finished and self._is_over()
+        self._check_bundles()
+        self._publish()
         buffers = {n.removeprefix("buffer."): t for n, t in found.tensors.items() if n.startswith("buffer.")}
         self.model.load_state_dict(buffers, strict=False)
         self.optimizer.load({n: t for n, t in found.tensors.items() if not n.startswith("buffer.")})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
@@ -9,7 +11,7 @@ from encdec_cli.config import parse_component
 from encdec_cli.data.batch import collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
-from encdec_cli.errors import StoppedError
+from encdec_cli.errors import DataError, StoppedError
 from encdec_cli.evaluation.metrics import Metric, score
 from encdec_cli.generation import WINDOW_BATCHES, Options, first_text, generate
 from encdec_cli.recipe import Recipe
@@ -24,7 +26,8 @@ _TOKENS = 4096
 class Validation:
     """The held-out split of a run, ready to judge a model.
 
-    Raises UsageError at once if the recipe's metric is unknown, before any time is spent on training.
+    Raises UsageError at once if the recipe's metric is unknown, before any time is spent on training, and DataError
+    if validation is asked for but nothing is held out.
     """
 
     def __init__(self, data: Prepared, recipe: Recipe, device: str) -> None:
@@ -35,10 +38,12 @@ class Validation:
         examples = list(data.examples("valid"))
         self.examples = examples[:lines] if lines else examples
         self.store = data.store("valid")
-        longest = int(max(self.store.source_lengths.max(), self.store.target_lengths.max())) + 1
-        self.sampler = Sampler(
-            self.store.source_lengths, self.store.target_lengths, max(_TOKENS, longest), data.data_hash, 0
-        )
+        self.data_hash = data.data_hash
+        if recipe.train.validate_every and not len(self.store):
+            raise DataError(
+                "data: no validation example; give the data section a `valid` split, or set train.validate_every=0, "
+                "which keeps the last model."
+            )
 
     @property
     def higher_is_better(self) -> bool:
@@ -59,7 +64,7 @@ class Validation:
         except StoppedError:
             return None
         if self.metric.needs_model:
-            scores[self.metric.names[0]] = float(torch.tensor(scores["loss"]).exp())
+            scores[self.metric.names[0]] = float(torch.tensor(scores["loss"], dtype=torch.float64).exp())
         return scores
 
     @torch.inference_mode()
@@ -67,7 +72,9 @@ class Validation:
         """Return the mean negative log-probability, in nats, of a target token, EOS included."""
         total, tokens = 0.0, 0
         model = bundle.model
-        for rows in self.sampler.batches(0):
+        lengths = self.store.source_lengths, self.store.target_lengths
+        longest = int(max(lengths[0].max(), lengths[1].max())) + 1
+        for rows in Sampler(*lengths, max(_TOKENS, longest), self.data_hash, 0).batches(0):
             _leave(stop)
             batch = collate(*self.store.gather(rows), rows.tolist()).to(self.device)
             target = batch.known_target
@@ -92,6 +99,11 @@ class Validation:
         references = [[example.target or "" for example in self.examples]]
         values = score(self.metric, self.metric.statistics(hypotheses, references))
         return dict(zip(self.metric.names, values, strict=True))
+
+
+def finite(scores: dict[str, float]) -> dict[str, float | None]:
+    """Return scores as JSON can hold them: one that is not finite becomes null."""
+    return {name: value if math.isfinite(value) else None for name, value in scores.items()}
 
 
 def _leave(stop: Stop) -> None:

@@ -1,0 +1,37 @@
+"""The recipes for public data reach what they state: `pytest -m benchmark`, an hour or more on two cores.
+
+ENCDEC_BENCHMARKS names a folder that holds one folder of data for each, as the recipes describe them.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import encdec
+
+ROOT = Path(__file__).parent.parent
+DATA = os.environ.get("ENCDEC_BENCHMARKS", "")
+
+
+@pytest.mark.benchmark
+@pytest.mark.parametrize(
+    ("recipe", "folder", "metric", "least"),
+    [
+        ("scan", "scan", "exact", 99.0),
+        ("cmudict", "cmudict-g2p", "exact", 70.0),
+        ("multi30k", "multi30k-en-de", "bleu", 38.0),
+    ],
+)
+def test_a_recipe_reaches_its_score(tmp_path, recipe, folder, metric, least):
+    data = Path(DATA) / folder
+    if not DATA or not data.is_dir():
+        pytest.skip(f"set ENCDEC_BENCHMARKS to a folder that holds {folder}")
+    run = tmp_path / "run"
+    done = encdec("train", ROOT / "recipes" / f"{recipe}.yaml", f"data.root={data}", "--output", run, timeout=7200)
+    assert done.returncode == 0, done.stderr
+    judged = encdec("evaluate", "--model", run, "--metric", metric, "--score-only", timeout=600)
+    assert judged.returncode == 0, judged.stderr
+    assert float(judged.stdout) >= least
