@@ -14,6 +14,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.abc import SourceLoader
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -184,6 +186,21 @@ KINDS: dict[str, Registry[type[Any]]] = {
 """Every registry by the plural of its kind, in the order in which `encdec list` shows them."""
 
 
+class _PluginLoader(SourceLoader):
+    """Runs the very bytes whose hash is recorded: no compiled copy of an older file is read, none is written."""
+
+    def __init__(self, name: str, path: Path, source: bytes) -> None:
+        self._name, self._path, self._source = name, path, source
+
+    def get_filename(self, fullname: str) -> str:
+        return str(self._path)
+
+    def get_data(self, path: bytes | str) -> bytes:
+        if str(path) != str(self._path):
+            raise OSError(f"{path!s}: only the plugin itself is loaded")
+        return self._source
+
+
 def load_plugin(path: Path) -> Plugin:
     """Run a one-file plugin, so that its decorators register what it defines.
 
@@ -197,13 +214,12 @@ def load_plugin(path: Path) -> Plugin:
     digest = hashlib.sha256(source).hexdigest()
     name = f"encdec_plugin_{path.stem}_{digest[:12]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise UsageError(f"plugin {path}: not a Python file.")
-        module = importlib.util.module_from_spec(spec)
+        loader = _PluginLoader(name, path, source)
+        module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
+        module.__file__ = str(path)
         sys.modules[name] = module  # dataclasses look their module up by name
         try:
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
         except (Exception, SystemExit) as error:
             del sys.modules[name]
             if isinstance(error, UsageError):

@@ -276,6 +276,7 @@ def check_strategy(strategy: Strategy, seed: int = 0, tolerance: float = 1e-4) -
                     raise LawError("padding and the other sentences of the batch must not change a sentence's outputs.")
 
 
+@torch.inference_mode()
 def _search(strategy: Strategy, case: Case, sentences: list[int], limits: Limits) -> list[list[Hypothesis]]:
     longest = int(case.mask[sentences].sum(dim=1).max())
     source, mask = case.source[sentences, :longest], case.mask[sentences, :longest]

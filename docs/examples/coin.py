@@ -6,8 +6,6 @@ encdec generate --plugin coin.py --strategy coin,bias=0.9 < in.txt
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from encdec_cli.decoding.draw import streams, uniform
 from encdec_cli.decoding.frontier import Walk, ruled
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
@@ -23,7 +21,6 @@ class Coin(Strategy):
 
     bias: float = 0.5
 
-    @torch.inference_mode()
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
         """Return one output for each sentence."""
         walk = Walk(stepper, limits)

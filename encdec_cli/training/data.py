@@ -19,7 +19,9 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tupl
     folder = data_folder(run)
     atomic.recover(folder)
     corpus = recipe.data.config
-    mark = fingerprint(recipe, ("task", "data", "text")) + corpus.fingerprint()
+    # The module of a plugin's class has the hash of its file in its name: other code, other data.
+    code = f"{recipe.task.cls.__module__} {recipe.data.cls.__module__}"
+    mark = f"{fingerprint(recipe, ('task', 'data', 'text'))} {corpus.fingerprint()} {code}"
     if is_current(folder, mark):
         return Prepared.open(folder), False
     say(f"preparing data in {folder}")

@@ -19,12 +19,13 @@ _DATA = ("task", "data", "text")
 
 def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:
     """Return what a checkpoint tells of its run: all that decides the bytes of the weights."""
+    plugins = {plugin.path.name: plugin.sha256[:12] for plugin in recipe.loaded}
     return {
         "recipe": resolved(recipe),
         "data_hash": data_hash,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "versions": {"encdec": __version__, "torch": str(torch.__version__)},
+        "versions": {"encdec": __version__, "torch": str(torch.__version__), **plugins},
     }
 
 

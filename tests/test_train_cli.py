@@ -1,0 +1,258 @@
+"""`encdec train` and `encdec preprocess` in a shell: flags, what is refused before any work, and how it looks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import struct
+import termios
+import threading
+
+import pytest
+
+from encdec_cli.atomic import verify
+from tests.conftest import copy_task, write_lines
+from tests.forked import Forks
+from tests.test_resume import fingerprint
+
+SHORT = ("train.steps=10", "train.validate_every=5", "train.save_every=5", "train.precision=fp32", "train.log_every=2")
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    commands = Forks(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="module")
+def finished(forks, tmp_path_factory):
+    """A recipe, and the folder of its finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = copy_task(folder / "corpus")
+    done = forks("train", recipe, *SHORT, "--output", folder / "run")
+    assert done.wait() == 0, done.stderr
+    return recipe, folder / "run"
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def refused(command, code, *words):
+    """Assert that a command has ended with a code and one sentence that holds the words."""
+    assert command.wait() == code, command.stderr
+    assert "Traceback" not in command.stderr
+    said = command.stderr.rstrip("\n").split("\n")[-1]
+    assert said.startswith("encdec: error: "), command.stderr
+    for word in words:
+        assert word in said
+    assert command.stdout == ""
+
+
+def test_a_dry_run_prepares_and_tries_but_trains_nothing(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    done = forks("train", recipe, *SHORT, "--dry-run", "--output", run)
+    assert done.wait() == 0, done.stderr
+    assert done.stdout == ""
+    assert "dry run: the recipe is good" in done.stderr
+    assert "parameters" in done.stderr
+    assert sorted(path.name for path in run.iterdir()) == ["data", "lock"]
+    verify(run / "data")
+
+
+def test_preprocess_does_the_data_part_and_train_uses_it(forks, finished, tmp_path):
+    recipe, unbroken = finished
+    run = tmp_path / "run"
+    first = forks("preprocess", recipe, "--output", run)
+    assert first.wait() == 0, first.stderr
+    assert "preparing data" in first.stderr
+    times = {path: path.stat().st_mtime_ns for path in (run / "data").iterdir()}
+    again = forks("preprocess", recipe, "--output", run)
+    assert again.wait() == 0
+    assert "nothing to do" in again.stderr
+    done = forks("train", recipe, *SHORT, "--output", run)
+    assert done.wait() == 0, done.stderr
+    assert "preparing data" not in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in (run / "data").iterdir()} == times
+    assert fingerprint(run)["files"] == fingerprint(unbroken)["files"]
+
+
+def test_preprocess_does_not_look_at_how_to_train(forks, recipe, tmp_path):
+    done = forks("preprocess", recipe, "train.steps=often", "--output", tmp_path / "run")
+    assert done.wait() == 0, done.stderr
+    assert forks("train", recipe, "train.steps=often", "--output", tmp_path / "run").wait() == 2
+
+
+def test_what_explain_prints_is_a_recipe(forks, tmp_path):
+    pytest.importorskip("babel", reason="the explained recipe shows the corpus that needs babel")
+    shown = forks("train", "--explain")
+    assert shown.wait() == 0
+    assert shown.stderr == ""
+    (tmp_path / "explained.yaml").write_text(shown.stdout)
+    tiny = ("text.tokenizer=character", "model.d_model=16", "model.heads=2", "model.feed_forward=16")
+    done = forks("train", tmp_path / "explained.yaml", *tiny, "data.pairs=500", "--dry-run", "-o", tmp_path / "run")
+    assert done.wait() == 0, done.stderr
+    assert "the recipe is good" in done.stderr
+
+
+def test_init_from_starts_with_given_weights(forks, finished, tmp_path):
+    recipe, run = finished
+    # A rate of next to nothing leaves the weights where they were, so the first loss is the model's own.
+    still = (*SHORT, "train.rate=1e-12", "train.steps=1", "train.validate_every=1", "model.dropout=0.0")
+    told = forks("train", recipe, *still, "--init-from", run, "--output", tmp_path / "told")
+    assert told.wait() == 0, told.stderr
+    anew = forks("train", recipe, *still, "--output", tmp_path / "anew")
+    assert anew.wait() == 0, anew.stderr
+    losses = [float(re.search(r"update 1: loss ([\d.]+)", command.stderr)[1]) for command in (told, anew)]
+    given = [float(loss) for loss in re.findall(r'"event": "valid".*?"loss": ([\d.]+)', (run / "log.jsonl").read_text())]
+    assert any(losses[0] == pytest.approx(loss, abs=2e-3) for loss in given)
+    assert losses[1] > losses[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["model.d_model=16"], ["shape", "model expects"]),
+        (["model.encoder_layers=2"], ["lacks", "encoder"]),
+        (["text.vocabulary=9"], ["source vocabulary", "text sections"]),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(forks, finished, tmp_path, changes, words):
+    recipe, run = finished
+    done = forks("train", recipe, *SHORT, *changes, "--init-from", run, "--output", tmp_path / "other")
+    refused(done, 5, "--init-from", *words)
+    assert not (tmp_path / "other" / "checkpoints").exists()
+
+
+def test_init_from_nowhere(forks, recipe, tmp_path):
+    refused(forks("train", recipe, "--init-from", tmp_path / "no", "--output", tmp_path / "run"), 5, "no such model")
+
+
+def test_an_unknown_metric_costs_no_time(forks, recipe, tmp_path):
+    done = forks("train", recipe, "train.metric=bloo", "--output", tmp_path / "run")
+    refused(done, 2, "train.metric", "bloo", "did you mean 'bleu'?")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_validation_the_last_model_is_kept(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    text = re.sub(r"\n  valid: .*", "", recipe.read_text())
+    recipe.write_text(text)
+    refused(forks("train", recipe, *SHORT, "--output", run), 4, "no validation example", "train.validate_every=0")
+    done = forks("train", recipe, *SHORT, "train.validate_every=0", "--output", run)
+    assert done.wait() == 0, done.stderr
+    assert (run / "bundle").readlink().name == "step_00000010"
+    verify(run / "bundle")
+    again = forks("train", recipe, *SHORT, "train.validate_every=0", "--output", run)
+    assert "nothing to do" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("policy", "code", "words"), [("skip", 0, "left out"), ("truncate", 0, "cut"), ("stop", 4, "max_source")]
+)
+def test_examples_that_are_too_long(forks, recipe, tmp_path, policy, code, words):
+    done = forks("preprocess", recipe, "text.max_source=4", f"text.too_long={policy}", "--output", tmp_path / "run")
+    assert done.wait() == code, done.stderr
+    assert words in done.stderr
+
+
+def test_no_example_that_fits(forks, recipe, tmp_path):
+    write_lines(recipe.parent / "train.src", ["1 2 3 4 5 6"] * 600)
+    refused(forks("train", recipe, "text.max_source=3", "--output", tmp_path / "run"), 4, "none of the 600")
+    assert tree(tmp_path / "run") == ["lock"]
+
+
+def test_early_stopping_is_an_end(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    stops = ("train.steps=1000", "train.patience=1", "train.validate_every=2", "train.rate=1e-9")
+    first = forks("train", recipe, *SHORT, *stops, "--output", run)
+    assert first.wait() == 0, first.stderr
+    before = fingerprint(run)
+    times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
+    again = forks("train", recipe, *SHORT, *stops, "--output", run)
+    assert again.wait() == 0
+    assert "nothing to do" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"} == times
+    more = forks("train", recipe, *SHORT, *stops, "train.patience=2", "--output", run)
+    assert more.wait() == 0
+    assert "going on from update" in more.stderr
+    assert fingerprint(run) != before
+
+
+class Terminal:
+    """A terminal of 100 columns; what is written to it is read until `text` is asked for."""
+
+    def __init__(self) -> None:
+        self.master, self.slave = pty.openpty()
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+        self._bytes = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    @property
+    def name(self) -> str:
+        return os.ttyname(self.slave)
+
+    def _read(self) -> None:
+        while True:
+            try:
+                part = os.read(self.master, 65536)
+            except OSError:  # the last writer is gone
+                return
+            self._bytes += part
+
+    def text(self) -> str:
+        os.close(self.slave)
+        self._reader.join(timeout=10)
+        os.close(self.master)
+        return self._bytes.decode()
+
+
+def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe, tmp_path):
+    # Data first, so that both trainings say the same.
+    for name in ("file", "terminal", "plain", "dumb"):
+        assert forks("preprocess", recipe, "--output", tmp_path / name).wait() == 0
+    slow = (*SHORT, "train.steps=60", "train.validate_every=10")
+    to_file = forks("train", recipe, *slow, "--output", tmp_path / "file")
+    assert to_file.wait() == 0, to_file.stderr
+    assert to_file.stdout == ""
+    assert "\r" not in to_file.stderr
+    assert "\x1b" not in to_file.stderr
+    assert "update 10: loss" in to_file.stderr
+    seen = {}
+    for name, changes in (("terminal", {}), ("plain", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
+        terminal = Terminal()
+        done = forks("train", recipe, *slow, "--output", tmp_path / name, tty=terminal.name, **{"TERM": "xterm-256color"} | changes)
+        seen[name] = terminal.text()
+        assert done.code() == 0, seen[name]
+        assert done.stdout == ""
+        assert "update 10: loss" in seen[name]
+    bar = seen["terminal"]
+    assert "training" in bar
+    assert re.search(r"loss \d+\.\d{3}  [\d,]+ tokens/s  best \d", bar)
+    assert re.search(r"\d:\d\d:\d\d|-:--:--", bar)
+    assert re.search(r"\d+/60", bar)
+    colour = r"\x1b\[[\d;]*[1-9][\d;]*m"
+    assert re.search(colour, bar)
+    assert not re.search(r"\x1b\[(3|4|9|10)\d(;[\d;]*)?m", seen["plain"])
+    assert "tokens/s" in seen["plain"]
+    assert "\x1b" not in seen["dumb"]
+    assert {name: fingerprint(tmp_path / name)["files"] for name in seen} == {
+        name: fingerprint(tmp_path / "file")["files"] for name in seen
+    }
+
+
+def test_a_copied_run_is_a_run(forks, finished, tmp_path):
+    """Nothing in the folder depends on where it lies: the link is relative, the data is found."""
+    recipe, run = finished
+    shutil.copytree(run, tmp_path / "moved", symlinks=True)
+    done = forks("generate", "--model", tmp_path / "moved", stdin="1 2\n")
+    assert done.wait() == 0, done.stderr
+    assert done.stdout.count("\n") == 1
+    again = forks("train", recipe, *SHORT, "--output", tmp_path / "moved")
+    assert again.wait() == 0
+    assert "nothing to do" in again.stderr
