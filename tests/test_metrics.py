@@ -18,7 +18,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU, CHRF, TER
 
 from encdec_cli.errors import DataError, UsageError
-from encdec_cli.evaluation.metrics import Metric, Setting, check_lengths, first_break, score
+from encdec_cli.evaluation.metrics import Metric, Setting, check_lengths, score
 from encdec_cli.evaluation.overlap import Distinct, Exact, TokenF1
 from encdec_cli.evaluation.perplexity import Perplexity
 from encdec_cli.evaluation.report import Outputs, evaluate
@@ -226,23 +226,6 @@ def test_any_text_gives_finite_numbers(pairs):
     )
     assert all(math.isfinite(entry.value) for entry in report.scores)
     json.dumps(report.to_json(), allow_nan=False)
-
-
-@pytest.mark.parametrize("missing", [1, 40, 98])
-def test_first_break_finds_the_missing_line(missing):
-    chance = random.Random(missing)
-    full = ["x" * chance.randint(5, 120) for _ in range(100)]
-    translated = ["y" * int(1.2 * len(line) + chance.randint(0, 3)) for line in full]
-    short = translated[:missing] + translated[missing + 1 :]
-    assert abs(first_break(full, short) - missing) <= 1
-    assert first_break(short, full) == first_break(full, short)
-
-
-def test_first_break_of_a_text_that_ends_early_is_its_end():
-    lines = [f"{'w' * (i % 7)} line {i}" for i in range(50)]
-    assert first_break(lines[:30], lines) == 30
-    assert first_break(["same"] * 5, ["same"] * 9) == 5
-    assert first_break(lines, lines) is None
 
 
 def test_unequal_and_empty_texts_are_refused_with_names_counts_and_row():

@@ -93,8 +93,9 @@ def test_what_explain_prints_is_a_recipe(forks, tmp_path):
     assert shown.wait() == 0
     assert shown.stderr == ""
     (tmp_path / "explained.yaml").write_text(shown.stdout)
-    tiny = ("text.tokenizer=character", "model.d_model=16", "model.heads=2", "model.feed_forward=16")
-    done = forks("train", tmp_path / "explained.yaml", *tiny, "data.pairs=500", "--dry-run", "-o", tmp_path / "run")
+    tiny = ("text.tokenizer=word", "data.pairs=500", "data.valid=50", "data.test=50", "decoding.max_length=4")
+    tiny += ("model.d_model=16", "model.heads=2", "model.encoder_layers=1", "model.decoder_layers=1")
+    done = forks("train", tmp_path / "explained.yaml", *tiny, "--dry-run", "--output", tmp_path / "run")
     assert done.wait() == 0, done.stderr
     assert "the recipe is good" in done.stderr
 
@@ -133,8 +134,8 @@ def test_init_from_nowhere(forks, recipe, tmp_path):
 
 
 def test_an_unknown_metric_costs_no_time(forks, recipe, tmp_path):
-    done = forks("train", recipe, "train.metric=bloo", "--output", tmp_path / "run")
-    refused(done, 2, "train.metric", "bloo", "did you mean 'bleu'?")
+    done = forks("train", recipe, "train.metric=blue", "--output", tmp_path / "run")
+    refused(done, 2, "train.metric", "blue", "did you mean 'bleu'?")
     assert not (tmp_path / "run").exists()
 
 
@@ -216,7 +217,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe
     # Data first, so that both trainings say the same.
     for name in ("file", "terminal", "plain", "dumb"):
         assert forks("preprocess", recipe, "--output", tmp_path / name).wait() == 0
-    slow = (*SHORT, "train.steps=60", "train.validate_every=10")
+    slow = (*SHORT, "train.steps=40", "train.validate_every=10", "train.valid_lines=5", "train.save_every=40")
     to_file = forks("train", recipe, *slow, "--output", tmp_path / "file")
     assert to_file.wait() == 0, to_file.stderr
     assert to_file.stdout == ""
@@ -226,7 +227,8 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe
     seen = {}
     for name, changes in (("terminal", {}), ("plain", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
         terminal = Terminal()
-        done = forks("train", recipe, *slow, "--output", tmp_path / name, tty=terminal.name, **{"TERM": "xterm-256color"} | changes)
+        changes = {"TERM": "xterm-256color"} | changes
+        done = forks("train", recipe, *slow, "--output", tmp_path / name, tty=terminal.name, **changes)
         seen[name] = terminal.text()
         assert done.code() == 0, seen[name]
         assert done.stdout == ""
@@ -235,7 +237,7 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe
     assert "training" in bar
     assert re.search(r"loss \d+\.\d{3}  [\d,]+ tokens/s  best \d", bar)
     assert re.search(r"\d:\d\d:\d\d|-:--:--", bar)
-    assert re.search(r"\d+/60", bar)
+    assert re.search(r"\d+/40", bar)
     colour = r"\x1b\[[\d;]*[1-9][\d;]*m"
     assert re.search(colour, bar)
     assert not re.search(r"\x1b\[(3|4|9|10)\d(;[\d;]*)?m", seen["plain"])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from encdec_cli import __version__
 from encdec_cli.errors import DataError, UsageError
+from encdec_cli.text.lines import suspicious_row
 
 FloatArray = NDArray[np.floating]
 """Statistics [segments, k], their sums [samples, k], or scores [samples, numbers]."""
@@ -110,38 +111,14 @@ def option_pairs(metric: Metric) -> list[str]:
     return pairs
 
 
-def first_break(a: Sequence[str], b: Sequence[str]) -> int | None:
-    """Return the first row where two texts of unequal length seem to part, counted from 0; None if equally long.
-
-    It is the row at which inserting the missing lines into the shorter text makes the lengths of the lines
-    agree best. The length of the shorter text is returned if it just ends early.
-    """
-    if len(a) == len(b):
-        return None
-    short, long = sorted((_lengths(a), _lengths(b)), key=len)
-    if not len(short):
-        return 0
-    usual = np.log(short.mean() / long.mean())
-    rows, gap = len(short), len(long) - len(short)
-    before = np.abs(np.log(short / long[:rows]) - usual)
-    after = np.abs(np.log(short / long[gap:]) - usual)
-    cost = np.concatenate([[0.0], np.cumsum(before)]) + np.concatenate([np.cumsum(after[::-1])[::-1], [0.0]])
-    # Equally good rows: the last one, so that a text that was cut off breaks at its end.
-    return int(np.flatnonzero(cost <= cost.min() + 1e-9 * rows)[-1])
-
-
-def _lengths(lines: Sequence[str]) -> FloatArray:
-    return np.array([len(line) + 1 for line in lines], dtype=np.float64)
-
-
 def check_lengths(name_a: str, lines_a: Sequence[str], name_b: str, lines_b: Sequence[str]) -> None:
     """Raise DataError if either text is empty or if they differ in the number of lines."""
     for name, lines in ((name_a, lines_a), (name_b, lines_b)):
         if not lines:
             raise DataError(f"{name} has no lines: there is nothing to evaluate.")
-    row = first_break(lines_a, lines_b)
-    if row is None:
+    if len(lines_a) == len(lines_b):
         return
+    row = suspicious_row([len(line) for line in lines_a], [len(line) for line in lines_b])
     count = f"{len(lines_a)} line{'s' if len(lines_a) > 1 else ''}"
     counts = f"{name_a} has {count} but {name_b} has {len(lines_b)}, and line must stand against line"
     if row == min(len(lines_a), len(lines_b)):
