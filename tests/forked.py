@@ -87,11 +87,12 @@ class Forks:
         stdin: str = "",
         cwd: Path | None = None,
         tty: str | None = None,
+        tty_stdout: bool = False,
         file_limit: int | None = None,
         ignored: tuple[int, ...] = (),
         **changes: str,
     ) -> Command:
-        """Start `encdec`. `tty` is a terminal for stdin and stderr; `file_limit` the most bytes of a file."""
+        """Start `encdec`. `tty` is a terminal for stdin and stderr, and stdout if asked; `file_limit` in bytes."""
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir(parents=True)
@@ -102,6 +103,7 @@ class Forks:
             "cwd": str(cwd or folder),
             "environment": environment(**changes),
             "tty": tty,
+            "tty_stdout": tty_stdout,
             "file_limit": file_limit,
             "ignored": list(map(int, ignored)),
         }
@@ -134,9 +136,10 @@ def serve() -> None:
     for name in _WARM:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers reap themselves
-    for line in sys.stdin:
-        if os.fork() == 0:
-            _keep(json.loads(line))
+    with os.fdopen(os.dup(0)) as requests:  # not sys.stdin: the commands want theirs untouched
+        for line in requests:
+            if os.fork() == 0:
+                _keep(json.loads(line))
 
 
 def _keep(request: dict) -> None:
@@ -164,7 +167,7 @@ def _become(request: dict) -> None:
     os.setsid()
     write = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     for number, name, flags in ((0, "stdin", os.O_RDONLY), (1, "stdout", write), (2, "stderr", write)):
-        terminal = tty is not None and number != 1
+        terminal = tty is not None and (number != 1 or request["tty_stdout"])
         os.dup2(os.open(tty if terminal else folder / name, os.O_RDWR if terminal else flags, 0o644), number)
     os.environ.clear()
     os.environ.update(request["environment"])

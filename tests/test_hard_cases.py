@@ -225,7 +225,11 @@ def test_a_disk_that_is_really_full(recipe, tmp_path):
         {encdec} && test -e {disk}/run/bundle/bundle.json"""
     try:
         done = subprocess.run(
-            ["unshare", "-Urm", "bash", "-c", script], env=environment(), capture_output=True, timeout=TIMEOUT, check=False
+            ["unshare", "-Urm", "bash", "-c", script],
+            env=environment(),
+            capture_output=True,
+            timeout=TIMEOUT,
+            check=False,
         )
     except FileNotFoundError:
         pytest.skip("no `unshare` here, so no small disk")
@@ -440,7 +444,9 @@ def test_what_may_change_is_noted(forks, copied):
     notes = [line for line in done.stderr.split("\n") if line.startswith("note: ")]
     assert any("train.rate was 0.003, is now 0.001" in note for note in notes)
     assert any("decoding.beam was 2, is now 1" in note for note in notes)
-    assert any(note.startswith("note: threads was 1, is now 2; the weights will not be bit-identical") for note in notes)
+    assert any(
+        note.startswith("note: threads was 1, is now 2; the weights will not be bit-identical") for note in notes
+    )
 
 
 # --- damage ---
@@ -450,7 +456,11 @@ def test_damaged_prepared_data_is_named_with_its_remedy(forks, copied):
     recipe, run = copied
     flip(run / "data" / "train-00000.safetensors")
     refused(
-        forks("train", recipe, *SHORT, "--output", run), 5, "train-00000.safetensors", "SHA-256", f"Delete the folder {run}"
+        forks("train", recipe, *SHORT, "--output", run),
+        5,
+        "train-00000.safetensors",
+        "SHA-256",
+        f"Delete the folder {run}",
     )
     shutil.rmtree(run / "data")
     done = forks("train", recipe, *SHORT, "--output", run)
@@ -510,7 +520,9 @@ def test_a_loss_that_is_no_number_stops_before_the_update(forks, copied):
     recipe, run = copied
     checkpoint = (run / "checkpoints" / "step_00000010" / MANIFEST).read_bytes()
     absurd = ("train.steps=1000", "train.rate=1e38", "train.warmup=0", "train.schedule=constant", "train.clip=0")
-    done = forks("train", recipe, *SHORT, *absurd, "train.save_every=1000", "train.validate_every=1000", "--output", run)
+    done = forks(
+        "train", recipe, *SHORT, *absurd, "train.save_every=1000", "train.validate_every=1000", "--output", run
+    )
     refused(done, 7, "loss", "the last checkpoint is good (update 10)", "lower train.rate")
     assert (run / "checkpoints" / "step_00000010" / MANIFEST).read_bytes() == checkpoint
     verify(run / "checkpoints" / "step_00000010")
@@ -534,7 +546,8 @@ def test_kill_9_at_any_step_of_any_save(forks, finished, plugin, tmp_path):
     assert counted.wait() == 0, counted.stderr
     expected, points = fingerprint(tmp_path / "unbroken"), int((tmp_path / "count").read_text())
     assert points > 60
-    for number in range(3, points, max(points // 14, 1)):
+    # Some on the way, and the first deletion after the last checkpoint.
+    for number in (*range(3, points, points // 8), points - 15):
         broken = tmp_path / f"at-{number}"
         shutil.copytree(run / "data", broken / "data")
         killed = forks(*words, broken, DIE_AT=str(number))

@@ -109,7 +109,9 @@ def test_init_from_starts_with_given_weights(forks, finished, tmp_path):
     anew = forks("train", recipe, *still, "--output", tmp_path / "anew")
     assert anew.wait() == 0, anew.stderr
     losses = [float(re.search(r"update 1: loss ([\d.]+)", command.stderr)[1]) for command in (told, anew)]
-    given = [float(loss) for loss in re.findall(r'"event": "valid".*?"loss": ([\d.]+)', (run / "log.jsonl").read_text())]
+    given = [
+        float(loss) for loss in re.findall(r'"event": "valid".*?"loss": ([\d.]+)', (run / "log.jsonl").read_text())
+    ]
     assert any(losses[0] == pytest.approx(loss, abs=2e-3) for loss in given)
     assert losses[1] > losses[0]
 
@@ -206,6 +208,9 @@ class Terminal:
                 return
             self._bytes += part
 
+    def so_far(self) -> str:
+        return self._bytes.decode(errors="replace")
+
     def text(self) -> str:
         os.close(self.slave)
         self._reader.join(timeout=10)
@@ -227,8 +232,8 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe
     seen = {}
     for name, changes in (("terminal", {}), ("plain", {"NO_COLOR": "1"}), ("dumb", {"TERM": "dumb"})):
         terminal = Terminal()
-        changes = {"TERM": "xterm-256color"} | changes
-        done = forks("train", recipe, *slow, "--output", tmp_path / name, tty=terminal.name, **changes)
+        settings = {"TERM": "xterm-256color"} | changes
+        done = forks("train", recipe, *slow, "--output", tmp_path / name, tty=terminal.name, **settings)
         seen[name] = terminal.text()
         assert done.code() == 0, seen[name]
         assert done.stdout == ""

@@ -62,13 +62,17 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(folder: Path, checkpoint: Checkpoint, keep: int) -> None:
-    """Commit a checkpoint below `folder`, then delete all but the `keep` newest."""
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Commit a checkpoint below `folder`, in place of an older one of the same update."""
     path = folder / step_name(checkpoint.progress.step)
     content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
     with atomic.new_folder(path) as temporary:
         (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
+
+
+def drop(folder: Path, keep: int) -> None:
+    """Delete all but the `keep` newest checkpoints: after a save, and when a run goes on that died before this."""
     for old in steps(folder)[:-keep]:
         atomic.remove_folder(folder / step_name(old))
 

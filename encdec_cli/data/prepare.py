@@ -117,7 +117,7 @@ def _train_tokenizers(task: Task, corpus: Corpus, text: TextOptions) -> tuple[in
         try:
             return train_tokenizer(text.tokenizer, lines(*sides), options)
         except DataError:
-            if len(counts) < 2:
+            if len(counts) == 1:
                 statistics.check_usable()  # no example at all: say so rather than that there is no text
             raise
 

@@ -249,13 +249,14 @@ class Trainer:
         self.bundle.save_weights(self.bundles / step_name(self.progress.step), self._weights())
 
     def _publish(self) -> None:
-        """Let `bundle` name the best model of the newest checkpoint, and delete what no checkpoint refers to.
+        """Let `bundle` name the best model; then delete old checkpoints, and models that no checkpoint refers to.
 
         Called after a checkpoint is committed: the link never names a bundle that going on would write again.
         """
         link = self.run_folder / "bundle"
         if self.progress.model:
             point(link, self.bundles / self.progress.model)
+        checkpoint.drop(self.checkpoints, self.train.keep)
         if self.bundles.is_dir():
             wanted = {*checkpoint.models(self.checkpoints), link.resolve().name}
             for old in self.bundles.iterdir():
@@ -328,7 +329,7 @@ class Trainer:
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
         self.log.sync()
-        checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.train.keep)
+        checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
         self._unsaved = False
         self._publish()
 
