@@ -54,6 +54,8 @@ def test_one_line_out_per_line_in_whatever_comes(copy_run):
     assert out[1] == out[2] == ""
     assert out[0] == "1 2 3"
     assert out[-1] == "8 9"
+    for word in ("UTF-8", "NUL", "1 line was longer"):
+        assert word in done.stderr, done.stderr
 
 
 def test_a_file_a_gzip_and_a_pipe_give_the_same(copy_run, sources, tmp_path):
@@ -89,10 +91,12 @@ def test_json_records_keep_their_fields_and_tell_what_happened(copy_run):
     assert fourth["status"] == "truncated"
 
 
-def test_a_broken_record_is_named_by_its_line(copy_run):
-    done = encdec("generate", "--model", copy_run, "--json", stdin='{"source": "1"}\n{"source": 2\n')
+def test_a_broken_record_is_named_by_its_line_after_the_good_ones(copy_run, tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"source": "1"}\n4 5\n{"source": 2\n6\n')
+    done = encdec("generate", tmp_path / "in.jsonl", "--model", copy_run, "--json")
     assert done.returncode == 4
-    assert "stdin:2" in done.stderr
+    assert [json.loads(line)["text"] for line in lines(done.stdout)] == ["1", "4 5"]
+    assert "in.jsonl:3" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from encdec_cli.decoding.hypothesis import Strategy
     from encdec_cli.generation import Generated, Options
     from encdec_cli.text.example import Example
+    from encdec_cli.text.lines import LineReport
 
 
 class Precision(str, Enum):
@@ -63,17 +64,32 @@ def generate(
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.generation import WINDOW_BATCHES, Options
     from encdec_cli.generation import generate as decode
+    from encdec_cli.text.lines import LineReport
     from encdec_cli.text.windows import arriving_windows, full_windows
 
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     options = Options(choose_strategy(bundles[0], strategy, beam, n_best), n_best, batch)
-    examples = _examples(bundles[0], file, as_json)
+    report = LineReport()
+    examples = _examples(bundles[0], file, as_json, report)
     size = batch * WINDOW_BATCHES
     windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
     line = _json_line if as_json else _text_line
+    cut = 0
     for number, result in enumerate(decode(bundles, windows, options), start=1):
+        cut += result.truncated
         sys.stdout.buffer.write(line(number, result, options, scores).encode() + b"\n")
         sys.stdout.buffer.flush()
+    _tell(report, cut, bundles[0].longest_source)
+
+
+def _tell(report: LineReport, cut: int, most: int) -> None:
+    from encdec_cli.cli import console
+
+    for sentence in report.sentences():
+        console.warn(sentence)
+    if cut:
+        lines = "1 line was" if cut == 1 else f"{cut:,} lines were"
+        console.warn(f"{lines} longer than the {most:,} tokens that the model reads, and cut")
 
 
 def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:
@@ -101,18 +117,22 @@ def _is_complete(file: Path | None) -> bool:
     return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
 
-def _examples(bundle: Bundle, file: Path | None, as_json: bool) -> Iterator[Example]:
+def _examples(bundle: Bundle, file: Path | None, as_json: bool, report: LineReport) -> Iterator[Example]:
     from encdec_cli.errors import DataError
     from encdec_cli.text.lines import read_lines
 
-    for number, line in enumerate(read_lines(file), start=1):
+    for number, line in enumerate(read_lines(file, report), start=1):
         if not (as_json and line.lstrip().startswith("{")):
             yield bundle.task.read(line)
             continue
         try:
             yield bundle.task.from_record(json.loads(line))
         except (ValueError, DataError, RecursionError) as error:
-            raise DataError(f"{file or 'stdin'}:{number}: not a record this task can read: {error}.") from error
+            reason = str(error).rstrip(".")
+            raise DataError(
+                f"{file or 'stdin'}:{number}: not a record this task can read ({reason}); a line that begins with {{ "
+                "must be a JSON object, and the lines before this one have been written."
+            ) from error
 
 
 def _text_line(number: int, result: Generated, options: Options, scores: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _table(kind: str, rows: list[tuple[str, Any]]) -> str:
 
 
 def _default(parameter: Any) -> str:
-    value = parameter.default
+    value = parameter.default.value if isinstance(parameter.default, Enum) else parameter.default
     if parameter.required:
         return "required"
     return f"`{value}`" if isinstance(value, (str, int, float, Path)) and not isinstance(value, bool) else ""

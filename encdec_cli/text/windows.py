@@ -7,17 +7,24 @@ import threading
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from encdec_cli.errors import EncdecError
+
 T = TypeVar("T")
 
 
 def full_windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield lists of `size` items; the last may be shorter."""
+    """Yield lists of `size` items; the last may be shorter. What came before an error is yielded first."""
     window: list[T] = []
-    for item in items:
-        window.append(item)
-        if len(window) == size:
+    try:
+        for item in items:
+            window.append(item)
+            if len(window) == size:
+                yield window
+                window = []
+    except EncdecError:
+        if window:
             yield window
-            window = []
+        raise
     if window:
         yield window
 
