@@ -15,7 +15,7 @@ from encdec_cli.config.mistakes import Mistakes
 from encdec_cli.config.schema import plain_value
 from encdec_cli.config.tree import Node, Place, from_plain
 from encdec_cli.errors import UsageError
-from encdec_cli.registry import Plugin, corpora, load_environment_plugins, load_plugin, models, strategies, tasks
+from encdec_cli.registry import Plugin, corpora, load_plugin, load_plugins, models, strategies, tasks
 
 
 @dataclass
@@ -157,13 +157,12 @@ def load(
     """
     mistakes = Mistakes()
     tree = loader.read(path, overrides, mistakes)
-    loaded = load_environment_plugins() + [load_plugin(plugin) for plugin in plugins]
-    loaded += _load_plugins(tree, path.parent, mistakes)
+    loaded = load_plugins(plugins) + _load_named(tree, path.parent, mistakes)
     checked = None if sections is None else {"plugins", *sections}
     return loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
 
 
-def _load_plugins(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
+def _load_named(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
     section = tree.value.get("plugins") if isinstance(tree.value, dict) else None
     items = section.value if section and isinstance(section.value, list) else []
     loaded, failed = [], False

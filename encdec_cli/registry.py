@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec
@@ -228,7 +228,11 @@ def load_plugin(path: Path) -> Plugin:
     return Plugin(path, digest)
 
 
-def load_environment_plugins() -> list[Plugin]:
-    """Run the plugin files that ENCDEC_PLUGINS names, separated as PATH is."""
-    names = os.environ.get("ENCDEC_PLUGINS", "")
-    return [load_plugin(Path(name)) for name in names.split(os.pathsep) if name]
+def environment_plugins() -> list[Path]:
+    """Return the plugin files that ENCDEC_PLUGINS names, separated as PATH is."""
+    return [Path(name) for name in os.environ.get("ENCDEC_PLUGINS", "").split(os.pathsep) if name]
+
+
+def load_plugins(named: Sequence[Path]) -> list[Plugin]:
+    """Run the plugin files of ENCDEC_PLUGINS, then those that the command line names."""
+    return [load_plugin(path) for path in [*environment_plugins(), *named]]

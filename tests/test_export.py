@@ -449,7 +449,7 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import models
 
 
-@models.register("my_transformer")
+@models.register("registry_test_transformer")
 class MyTransformer(Transformer):
     pass
 """
@@ -458,8 +458,37 @@ class MyTransformer(Transformer):
 def test_a_plugin_model_is_refused_with_the_reason(encdec, tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN)
     load_plugin(tmp_path / "mine.py")
-    make_bundle(name="my_transformer").save(tmp_path / "mine")
+    make_bundle(name="registry_test_transformer").save(tmp_path / "mine")
     words = ("export", "--to", "ctranslate2", "--model", "mine", "--plugin", "mine.py")
     code, out, err = encdec(*words)
     assert (code, out) == (2, "")
-    assert "model.name: 'my_transformer' is a model of its own" in err
+    assert "model.name: 'registry_test_transformer' is a model of its own" in err
+
+
+TARGET = """
+from dataclasses import dataclass
+from encdec_cli.registry import exporters
+
+
+@exporters.register("registry_test_target")
+@dataclass
+class Target:
+    def problems(self, bundle):
+        return []
+
+    def write(self, bundle, folder):
+        (folder / "README.txt").write_text("one file")
+
+    def facts(self):
+        return {"target": "registry_test_target"}
+"""
+
+
+def test_a_target_of_a_plugin_is_found_and_needs_no_quantize(encdec, run_folder, tmp_path):
+    (tmp_path / "target.py").write_text(TARGET)
+    words = ("export", "--to", "registry_test_target", "--plugin", tmp_path / "target.py", "--model", run_folder)
+    assert encdec(*words, "--output", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "README.txt").read_text() == "one file"
+    code, _, err = encdec(*words, "--quantize", "int8")
+    assert code == 2
+    assert "one way alone" in err

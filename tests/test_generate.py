@@ -91,6 +91,11 @@ def test_json_records_keep_their_fields_and_tell_what_happened(copy_run):
     assert fourth["status"] == "truncated"
 
 
+def test_half_of_a_surrogate_pair_in_a_record_becomes_the_replacement_character(copy_run):
+    done = encdec("generate", "--model", copy_run, "--json", stdin='{"source": "1", "note": "\\ud800"}\n')
+    assert (done.returncode, json.loads(done.stdout)["note"]) == (0, "\ufffd"), done.stderr
+
+
 def test_a_broken_record_is_named_by_its_line_after_the_good_ones(copy_run, tmp_path):
     (tmp_path / "in.jsonl").write_text('{"source": "1"}\n4 5\n{"source": 2\n6\n')
     done = encdec("generate", tmp_path / "in.jsonl", "--model", copy_run, "--json")

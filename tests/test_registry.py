@@ -8,7 +8,7 @@ import pytest
 
 from encdec_cli import registry
 from encdec_cli.errors import UsageError
-from encdec_cli.registry import Origin, Registry, load_environment_plugins, load_plugin
+from encdec_cli.registry import Origin, Registry, load_plugin, load_plugins
 
 
 @pytest.fixture
@@ -143,9 +143,9 @@ def test_plugins_of_the_environment(tmp_path, monkeypatch):
     for name in ("one", "two"):
         (tmp_path / f"{name}.py").write_text(f"# {name}\n")
     monkeypatch.setenv("ENCDEC_PLUGINS", f"{tmp_path / 'one.py'}:{tmp_path / 'two.py'}")
-    assert [plugin.path.name for plugin in load_environment_plugins()] == ["one.py", "two.py"]
+    assert [plugin.path.name for plugin in load_plugins([])] == ["one.py", "two.py"]
     monkeypatch.delenv("ENCDEC_PLUGINS")
-    assert load_environment_plugins() == []
+    assert load_plugins([]) == []
 
 
 @pytest.mark.parametrize("kind", registry.KINDS)

@@ -116,7 +116,7 @@ def find_bundle(path: Path) -> Path:
             return folder
     if not path.exists():
         raise BundleError(f"{path}: no such model folder; give a bundle or the folder of a run.")
-    if (path / "checkpoints").is_dir() or (path / "log.jsonl").is_file():
+    if (path / "lock").is_file() or (path / "log.jsonl").is_file():
         raise BundleError(f"{path}: this run has no model yet; it appears with the first validation.")
     raise BundleError(f"{path}: neither a bundle ({_DESCRIPTION} is missing) nor the folder of a run.")
 

@@ -78,7 +78,7 @@ def drop(folder: Path, keep: int) -> None:
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the updates of the checkpoints below `folder`, oldest first; whether they are whole `load` tells."""
+    """Return the updates of the checkpoints below `folder`, oldest first, whole or not."""
     matches = (_NAME.fullmatch(path.name) for path in folder.glob("step_*"))
     return sorted(int(match[1]) for match in matches if match)
 
@@ -130,12 +130,6 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
         )
     return None
-
-
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint after checking it against its manifest. Raises BundleError."""
-    atomic.verify(path)
-    return _read(path)
 
 
 def _read(path: Path) -> Checkpoint:

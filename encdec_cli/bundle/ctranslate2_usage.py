@@ -88,7 +88,7 @@ def program(bundle: Bundle, limit: int) -> str:
         decode=_decode(bundle.target),
         beam=beam,
         penalty=penalty,
-        longest=bundle.recipe.text.max_source,
+        longest=bundle.longest_source + 1,
         limit=limit,
     )
 

@@ -189,8 +189,7 @@ def run_model(bundle: Bundle, examples: Sequence[Example], search: Search) -> tu
     used = [example for example in examples if example.source.strip()]
     if not used:
         raise DataError("--check: the probe has no line with text; give other lines with --probe FILE.")
-    most = bundle.recipe.text.max_source - 1
-    sources = [bundle.source.encode(bundle.task.source(example))[:most] for example in used]
+    sources = [bundle.source.encode(bundle.task.source(example))[: bundle.longest_source] for example in used]
     greedy = _search(bundle, sources, search.limit, Beam(beam=1))
     best = _search(bundle, sources, search.limit, Beam(beam=search.beam, length_penalty=search.length_penalty))
     targets = []

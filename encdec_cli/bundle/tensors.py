@@ -23,7 +23,7 @@ def to_bytes(tensors: dict[str, Tensor]) -> bytes:
     return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
 
 
-def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file.
 
     Raises:
@@ -31,7 +31,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """
     try:
         _check_header(path)
-        return safetensors.torch.load_file(path, device=device)
+        return safetensors.torch.load_file(path)
     except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise BundleError(f"{path}: not a readable safetensors file ({error}).") from error
 

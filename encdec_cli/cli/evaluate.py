@@ -95,16 +95,27 @@ def read_hypotheses(file: Path | None) -> list[str] | None:
     Raises DataError for an empty input: a broken pipeline must not score as something else.
     """
     from encdec_cli.errors import DataError
-    from encdec_cli.text.lines import read_lines
 
     if file is None and _stdin_asks_model():
         return None
-    lines = list(read_lines(file))
+    lines = _read(file)
     if not lines:
         raise DataError(
             f"{file or 'stdin'}: no hypotheses; an empty pipe is taken for a broken one. To let the model write them, "
             "give it no input: add < /dev/null."
         )
+    return lines
+
+
+def _read(path: Path | None) -> list[str]:
+    """Return the lines of a file, and warn of what was odd in them."""
+    from encdec_cli.cli import console
+    from encdec_cli.text.lines import LineReport, read_lines
+
+    report = LineReport()
+    lines = list(read_lines(path, report))
+    for sentence in report.sentences():
+        console.warn(sentence)
     return lines
 
 
@@ -114,11 +125,9 @@ def _stdin_asks_model() -> bool:
 
 
 def _need_model(names: list[str], plugins: list[Path]) -> bool:
-    from encdec_cli.registry import load_environment_plugins, load_plugin, metrics
+    from encdec_cli.registry import load_plugins, metrics
 
-    load_environment_plugins()
-    for path in plugins:
-        load_plugin(path)
+    load_plugins(plugins)
     kinds = [name.partition(",")[0] for name in names]
     return any(metrics.get(kind).needs_model for kind in kinds if kind in metrics.names())
 
@@ -142,10 +151,9 @@ def _usual_metrics(bundle: Bundle | None) -> list[str]:
 
 def _examples(bundle: Bundle, source: Path | None) -> list[Example]:
     from encdec_cli.errors import UsageError
-    from encdec_cli.text.lines import read_lines
 
     if source is not None:
-        return [bundle.task.read(line) for line in read_lines(source)]
+        return [bundle.task.read(line) for line in _read(source)]
     examples = list(bundle.recipe.data.config.read("test"))
     if not examples:
         raise UsageError(
@@ -160,14 +168,13 @@ def _outputs(
 ) -> Outputs:
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import Outputs
-    from encdec_cli.text.lines import read_lines
 
-    streams = [list(read_lines(path)) for path in references]
+    streams = [_read(path) for path in references]
     if bundle is not None and not streams:
         if source is not None:
             raise UsageError("--source without --reference: there is nothing to compare with; give --reference FILE.")
         streams = [[example.target or "" for example in _examples(bundle, None)]]
-    others = list(read_lines(baseline)) if baseline is not None else None
+    others = _read(baseline) if baseline is not None else None
     _check_lengths(lines, others, streams, references)
     return Outputs(references=streams, hypotheses=lines, baseline=others)
 

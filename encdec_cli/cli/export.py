@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -53,9 +54,11 @@ def export(
     from encdec_cli.cli import console
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.errors import UsageError
+    from encdec_cli.registry import load_plugins
 
     if probe is not None and not check:
         raise UsageError("--probe FILE: only --check compares anything; add --check.")
+    load_plugins(plugin or [])
     exporter = _exporter(to, quantize)
     if model is None:
         model = default_model()
@@ -76,7 +79,7 @@ def _exporter(name: str, quantize: str) -> Exporter:
     from encdec_cli.registry import exporters
 
     try:
-        exporter: Exporter = exporters.get(name)(quantize=quantize)
+        target = exporters.get(name)
     except ModuleNotFoundError as error:
         missing = str(error.name).partition(".")[0]
         if missing == "encdec_cli":
@@ -84,6 +87,10 @@ def _exporter(name: str, quantize: str) -> Exporter:
         raise UsageError(
             f"--to {name}: needs the package {missing}, which is not installed; pip install 'encdec-cli[{name}]'."
         ) from error
+    options = {} if quantize == "none" else {"quantize": quantize}
+    if options.keys() - {field.name for field in fields(target)}:
+        raise UsageError(f"--quantize {quantize}: the target {name} stores weights in one way alone; leave it out.")
+    exporter: Exporter = target(**options)
     return exporter
 
 

@@ -65,6 +65,7 @@ def generate(
     from encdec_cli.generation import WINDOW_BATCHES, Options
     from encdec_cli.generation import generate as decode
     from encdec_cli.text.lines import LineReport
+    from encdec_cli.text.options import without_surrogates
     from encdec_cli.text.windows import arriving_windows, full_windows
 
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
@@ -77,7 +78,7 @@ def generate(
     cut = 0
     for number, result in enumerate(decode(bundles, windows, options), start=1):
         cut += result.truncated
-        sys.stdout.buffer.write(line(number, result, options, scores).encode() + b"\n")
+        sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
         sys.stdout.buffer.flush()
     _tell(report, cut, bundles[0].longest_source)
 

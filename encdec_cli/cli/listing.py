@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,17 +24,14 @@ def list_components(
     ENCDEC_PLUGINS names, the exit code is 2.
     """
     from encdec_cli.errors import UsageError
+    from encdec_cli.registry import environment_plugins
 
-    files = [*_environment(), *(plugin or [])]
+    files = [*environment_plugins(), *(plugin or [])]
     plugins = list(_load(files))
     _show_json(plugins) if as_json else _show_table(plugins)
     broken = [row for row in plugins if row.error]
     if broken:
         raise UsageError("\n".join(row.error or "" for row in broken))
-
-
-def _environment() -> list[Path]:
-    return [Path(name) for name in os.environ.get("ENCDEC_PLUGINS", "").split(os.pathsep) if name]
 
 
 def _load(files: Sequence[Path]) -> Iterator[Origin]:

@@ -15,13 +15,13 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
     from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.bundle.run import default_model
     from encdec_cli.cli import console
-    from encdec_cli.registry import load_environment_plugins, load_plugin
+    from encdec_cli.registry import load_plugins
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.precision import choose
 
     check_device(device)
     use_threads(0)
-    loaded = dict.fromkeys([*load_environment_plugins(), *map(load_plugin, plugins)])
+    loaded = dict.fromkeys(load_plugins(plugins))
     paths = list(named)
     if not paths:
         paths = [default_model()]

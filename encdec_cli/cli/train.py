@@ -47,9 +47,7 @@ def train(
         raise typer.BadParameter("give a recipe such as recipes/mt.yaml", param_hint="RECIPE")
     from encdec_cli.bundle.run import default_run
     from encdec_cli.recipe import load
-    from encdec_cli.registry import load_environment_plugins
 
-    load_environment_plugins()
     loaded = load(recipe, overrides or [], plugins=plugin or [])
     _train(loaded, output or default_run(recipe), device, init_from, dry_run)
 

@@ -48,7 +48,7 @@ class SplitFiles:
 
     def _name_sides(self) -> None:
         if self.tsv:
-            self.source, self.target = 0, 1
+            self.source, self.target = 0, 1 if self.target == "" else self.target
         elif self.jsonl:
             self.source, self.target = "source", self.target or "target"
         else:

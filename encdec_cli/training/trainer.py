@@ -126,11 +126,13 @@ class Trainer:
                 self._update(next(updates), show)
 
     def _check_positions(self) -> None:
-        longest = 1 + int(max(self.store.source_lengths.max(), self.store.target_lengths.max()))
+        stores = (self.store, self.setting.data.store("valid"))
+        lengths = [each for store in stores for each in (store.source_lengths, store.target_lengths)]
+        longest = 1 + max(int(each.max(initial=0)) for each in lengths)
         most = self.model.max_positions
         if most is not None and longest > most:
             raise UsageError(
-                f"model.max_positions: {most} positions, but the longest training example has {longest} tokens; raise "
+                f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
                 "it, or lower text.max_source and text.max_target."
             )
 
