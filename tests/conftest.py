@@ -106,6 +106,16 @@ def recipe(tmp_path: Path) -> Path:
     return copy_task(tmp_path / "corpus")
 
 
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory):
+    """Starts commands as processes that have imported torch already."""
+    from tests.forked import Forks  # which needs `environment` from here
+
+    commands = Forks(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
 @pytest.fixture(scope="session")
 def copy_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has learned to copy digits, trained once for all tests, through the command."""

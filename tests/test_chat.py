@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.conftest import start, write_lines
-from tests.forked import TIMEOUT, Forks
+from tests.forked import TIMEOUT
 from tests.test_train_cli import SHORT, Terminal, refused
 
 RECIPE = """\
@@ -43,13 +43,6 @@ train:
   threads: 1
 decoding: {{name: beam, beam: 1}}
 """
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    commands = Forks(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from encdec_cli.atomic import MANIFEST, verify
 from tests.conftest import copy_task, environment, start, write_lines
-from tests.forked import TIMEOUT, Command, Forks
+from tests.forked import TIMEOUT, Command
 from tests.test_resume import fingerprint, lines_of
 from tests.test_train_cli import SHORT, refused
 
@@ -83,13 +82,6 @@ def die_at(number):
 if "DIE_AT" in os.environ:
     die_at(int(os.environ["DIE_AT"]))
 '''
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory) -> Iterator[Forks]:
-    commands = Forks(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")

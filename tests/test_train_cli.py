@@ -15,17 +15,9 @@ import pytest
 
 from encdec_cli.atomic import verify
 from tests.conftest import copy_task, write_lines
-from tests.forked import Forks
 from tests.test_resume import fingerprint
 
 SHORT = ("train.steps=10", "train.validate_every=5", "train.save_every=5", "train.precision=fp32", "train.log_every=2")
-
-
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    commands = Forks(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.close()
 
 
 @pytest.fixture(scope="module")
