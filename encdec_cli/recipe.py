@@ -51,9 +51,9 @@ class Train:
     tokens: int = 4096
     """Most padded tokens of the longer side in one micro-batch."""
     accumulate: int = 1
-    """Micro-batches of one update."""
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    """The optimizer; adamw decays the weights apart from the gradient."""
+    """Micro-batches of one update; on a CPU they are computed side by side, a thread each."""
+    optimizer: Literal["adam", "adamw", "muon"] = "adamw"
+    """The optimizer; adamw decays weights apart from the gradient, muon is adamw with Muon for inner matrices."""
     rate: float = 1e-3
     """The highest learning rate, reached at the end of the warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])

@@ -9,17 +9,21 @@ import torch
 from torch import nn
 
 from encdec_cli.errors import BundleError, UsageError
-from encdec_cli.training.optimizer import AdamSettings, Optimizer
+from encdec_cli.models.transformer import Transformer
+from encdec_cli.training.adam import Adam
+from encdec_cli.training.muon import Muon, orthogonalised, square_blocks
+from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import choose
+from encdec_cli.training.rules import hidden_matrices
 from encdec_cli.training.schedule import learning_rate
 
-DECAY = AdamSettings("adamw", weight_decay=0.1)
-NO_DECAY = AdamSettings("adamw")
+DECAY = Adam(weight_decay=0.1)
+NO_DECAY = Adam()
 
 
-def made(model: nn.Module, settings: AdamSettings = DECAY, dtype: str = "fp32") -> Optimizer:
+def made(model: nn.Module, rule: Adam | Muon = DECAY, dtype: str = "fp32") -> Optimizer:
     """An optimizer, and the model cast after it, as the trainer does it."""
-    optimizer = Optimizer(model.named_parameters(), settings)
+    optimizer = Optimizer([(rule, model.named_parameters())])
     choose(dtype, "cpu").apply(model)
     return optimizer
 
@@ -35,16 +39,21 @@ def give_gradients(model: nn.Module, seed: int, scale: float = 1.0) -> None:
         parameter.grad = (torch.randn(parameter.shape, generator=random) * scale).to(parameter.dtype)
 
 
+def collect(model: nn.Module, optimizer: Optimizer) -> None:
+    """Hand over the gradients of the model, as a micro-batch would."""
+    optimizer.collect([parameter.grad for parameter in optimizer.parameters])
+
+
 def update(model: nn.Module, optimizer: Optimizer, seed: int, rate: float = 0.01) -> None:
     give_gradients(model, seed)
-    optimizer.collect()
+    collect(model, optimizer)
     optimizer.step(rate)
 
 
 @pytest.mark.parametrize("name", ["adam", "adamw"])
 def test_equals_torch_for_many_steps_with_decay_of_matrices_only(name: str) -> None:
     ours, theirs = network(), network()
-    optimizer = made(ours, AdamSettings(name, weight_decay=0.1))
+    optimizer = made(ours, Adam(name == "adamw", weight_decay=0.1))
     groups = [
         {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.1},
         {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
@@ -66,9 +75,9 @@ def test_first_step_of_adam_by_hand() -> None:
     # Without decay the first step of Adam is `rate` against the sign of the gradient.
     model = nn.Linear(2, 1, bias=False)
     nn.init.constant_(model.weight, 1.0)
-    optimizer = made(model, AdamSettings("adam"))
+    optimizer = made(model, Adam(decoupled=False))
     model.weight.grad = torch.tensor([[0.5, -3.0]])
-    optimizer.collect()
+    collect(model, optimizer)
     optimizer.step(0.25)
     torch.testing.assert_close(model.weight.detach(), torch.tensor([[0.75, 1.25]]))
 
@@ -85,7 +94,7 @@ def test_bf16_parameters_are_the_rounded_masters() -> None:
         for parameter in exact.parameters():
             assert parameter.grad is not None
             parameter.grad = parameter.grad.bfloat16().float()
-        reference.collect()
+        collect(exact, reference)
         reference.step(1e-5)
     for name, parameter in model.named_parameters():
         master = optimizer.masters()[name]
@@ -100,8 +109,7 @@ def test_micro_batches_are_summed_in_fp32() -> None:
     optimizer = made(model, dtype="bf16")
     for value in (256.0, 1.0, 1.0):  # in bf16 256 + 1 is 256
         model.weight.grad = torch.tensor([[value]], dtype=torch.bfloat16)
-        optimizer.collect()
-        assert model.weight.grad is None
+        collect(model, optimizer)
     assert optimizer.clip() == 258.0
 
 
@@ -112,7 +120,7 @@ def test_clip_equals_torch() -> None:
     for seed, scale in enumerate((3.0, 0.001, 0.5)):
         give_gradients(ours, seed, scale)
         give_gradients(theirs, seed, scale)
-        optimizer.collect()
+        collect(ours, optimizer)
         norm = optimizer.clip(1.0)
         assert norm == pytest.approx(float(nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)), rel=1e-5)
         optimizer.step(0.01)
@@ -130,7 +138,7 @@ def test_a_gradient_that_is_not_finite_is_seen_before_the_update(bad: float) -> 
     weight = model.get_parameter("0.weight")
     assert weight.grad is not None
     weight.grad[0, 0] = bad
-    optimizer.collect()
+    collect(model, optimizer)
     assert not math.isfinite(optimizer.clip(1.0))
     assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state().items())
     optimizer.discard()
@@ -182,7 +190,7 @@ def test_frozen_parameters_stay_and_unused_ones_do_no_harm() -> None:
     unused = model.get_parameter("3.bias").detach().clone()
     give_gradients(model, 1)
     model.get_parameter("3.bias").grad = None
-    optimizer.collect()
+    collect(model, optimizer)
     optimizer.step(0.01)
     assert torch.equal(model.get_parameter("0.weight"), frozen)
     assert torch.equal(model.get_parameter("3.bias").detach(), unused)
@@ -213,3 +221,48 @@ def test_schedules_without_warmup_start_near_the_peak_and_never_rise(kind: str) 
 def test_an_unknown_schedule_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="did you mean 'cosine'"):
         learning_rate(1, "cosin", 1.0, 0, 10)
+
+
+def test_muon_makes_the_singular_values_of_each_square_block_nearly_equal() -> None:
+    random = torch.Generator().manual_seed(4)
+    for shape in ((48, 16), (16, 48), (16, 16), (20, 16)):
+        left, _, right = torch.linalg.svd(square_blocks(torch.randn(shape, generator=random)), full_matrices=False)
+        blocks = left @ torch.diag(torch.linspace(10, 1, 16)) @ right
+        steps = orthogonalised(blocks, torch.float32)
+        assert steps.shape == blocks.shape
+        # The singular vectors stay, so U^T step V is diagonal.
+        torch.testing.assert_close(
+            left.mT @ steps @ right.mT, torch.eye(16).expand(len(blocks), 16, 16), atol=0.35, rtol=0
+        )
+
+
+def test_square_blocks_are_views_of_the_parts() -> None:
+    joined = torch.arange(12.0).view(6, 2)  # as queries, keys and values of width 2
+    assert torch.equal(square_blocks(joined), torch.stack(joined.chunk(3)))
+    assert torch.equal(square_blocks(joined.T), torch.stack(joined.T.chunk(3, dim=1)))
+    square_blocks(joined)[1].zero_()
+    assert joined.sum() == 66 - (4 + 5 + 6 + 7)
+
+
+def test_first_step_of_muon_by_hand() -> None:
+    # Orthogonal already: the gradient 2 * I stays a multiple of I, and a step is about 0.2 * sqrt(side) * rate of it.
+    model = nn.Linear(4, 4, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = made(model, Muon())
+    model.weight.grad = 2 * torch.eye(4)
+    collect(model, optimizer)
+    optimizer.step(0.5)
+    step = -model.weight.detach()
+    assert torch.equal(step, torch.diag(step.diagonal()))
+    assert (step.diagonal() / (0.2 * 2 * 0.5)).sub(1).abs().max() < 0.3
+
+
+def test_muon_is_for_matrices_between_layers_alone() -> None:
+    config = Transformer.Config(1, 1, 8, 2, 16, positions="learned", tie="none")
+    names = hidden_matrices(Transformer(config, 11, 13), (11, 13))
+    assert names == {
+        *(f"encoder.0.{part}.weight" for part in ("attention.joined", "attention.output")),
+        *(f"decoder.0.{part}.weight" for part in ("attention.joined", "attention.output")),
+        *(f"decoder.0.cross.{part}.weight" for part in ("query", "joined", "output")),
+        *(f"{stack}.0.feed_forward.{part}.weight" for stack in ("encoder", "decoder") for part in ("inner", "outer")),
+    }

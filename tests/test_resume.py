@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from encdec_cli.atomic import MANIFEST
-from tests.conftest import encdec, start
+from tests.conftest import copy_task, encdec, start
 
 TIMEOUT = 120
 
@@ -25,15 +25,25 @@ def fingerprint(run: Path) -> dict[str, object]:
     return {"files": files, "log": [{k: v for k, v in line.items() if k != "clock"} for line in log]}
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    from tests.conftest import copy_task
+IN_TURN = ("train.average=2",)
+SIDE_BY_SIDE = ("train.threads=2", "train.accumulate=2", "train.tokens=128", "train.optimizer=muon")
 
-    folder = tmp_path_factory.mktemp("unbroken")
+
+def trained(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, dict[str, object]]:
     recipe = copy_task(folder / "corpus")
-    done = encdec("train", recipe, "train.average=2", "--output", folder / "run")
+    done = encdec("train", recipe, *overrides, "--output", folder / "run")
     assert done.returncode == 0, done.stderr
     return recipe, fingerprint(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("unbroken"), IN_TURN)
+
+
+@pytest.fixture(scope="module")
+def unbroken_side_by_side(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("side"), SIDE_BY_SIDE)
 
 
 def wait_for(condition, process) -> bool:
@@ -51,14 +61,17 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_killed_at_any_moment_and_started_again(unbroken, tmp_path, seed):
-    recipe, expected = unbroken
+@pytest.mark.parametrize(
+    ("fixture", "overrides", "seed"),
+    [("unbroken", IN_TURN, 0), ("unbroken", IN_TURN, 1), ("unbroken_side_by_side", SIDE_BY_SIDE, 2)],
+)
+def test_killed_at_any_moment_and_started_again(request, tmp_path, fixture, overrides, seed):
+    recipe, expected = request.getfixturevalue(fixture)
     run, generator = tmp_path / "run", random.Random(seed)
     kills = 0
     while True:
         before = lines_of(run / "log.jsonl")
-        process = start("train", recipe, "train.average=2", "--output", run, stdin=-3)
+        process = start("train", recipe, *overrides, "--output", run, stdin=-3)
         wanted = before + generator.randint(1, 4)
         # Half of the first starts die while the data is prepared, or before anything is there.
         early = kills == 0 and generator.random() < 0.5

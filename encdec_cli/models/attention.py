@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from encdec_cli.models.dropout import dropout as drop
 from encdec_cli.models.linear import Linear
 from encdec_cli.models.positions import Rotary
+from encdec_cli.models.softmax import softmax
 
 FEW_SCORES = 4096
 """Below this many attention weights a call is dominated by its overhead, where one fused kernel is best."""
@@ -70,7 +71,7 @@ def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
     if mask is not None:
         scores = scores + mask
-    return drop(scores.softmax(dim=-1), dropout) @ value
+    return drop(softmax(scores), dropout) @ value
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

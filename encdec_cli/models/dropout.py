@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 LANES = 2**15
 """Each element draws 15 random bits: keep probabilities are multiples of 1 / LANES."""
+
+_generator: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
+
+
+@contextmanager
+def drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Let every draw in this thread follow from `seed`: dropout's own, and torch's where a model draws from that."""
+    seed %= 1 << 63
+    torch.manual_seed(seed)
+    token = _generator.set(torch.Generator().manual_seed(seed) if device.type == "cpu" else None)
+    try:
+        yield
+    finally:
+        _generator.reset(token)
 
 
 def keep_probability(p: float, dtype: torch.dtype) -> tuple[int, float]:
@@ -28,7 +46,7 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
     # avoids booleans, whose comparison and conversion cost more than the random numbers.
     kept, factor = keep_probability(p, dtype)
     count = shape.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(generator=_generator.get())
     lanes = words.view(torch.int16)[:count]
     lanes.bitwise_and_(LANES - 1).sub_(kept).bitwise_right_shift_(15)  # all ones where kept, zero where dropped
     if dtype.itemsize == 2:
@@ -41,7 +59,7 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element with probability `p` and scale the rest up; the draw follows torch's seed."""
+    """Zero each element with probability `p` and scale the rest up; the draw follows `drawing`, else torch's seed."""
     if p == 0:
         return x
     if x.device.type != "cpu":

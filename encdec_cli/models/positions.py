@@ -51,15 +51,14 @@ class Sinusoidal(nn.Module):
         return x + rows.permute(1, 2, 0).flatten(1)
 
 
-class Learned(nn.Module):
+class Learned(nn.Embedding):
     """One learned vector for each of the first `max_positions` positions, added to the embeddings."""
 
     def __init__(self, max_positions: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(max_positions, dim))
+        super().__init__(max_positions, dim)
         nn.init.normal_(self.weight, std=dim**-0.5)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:  # a place is known without being looked up
         """Add to x [rows, len, dim] the positions from `start` on; raise ValueError beyond the last one."""
         end = start + x.shape[1]
         if end > len(self.weight):

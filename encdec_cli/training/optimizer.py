@@ -1,72 +1,77 @@
-"""Adam and AdamW over fp32 master weights, whatever the type of the model's own parameters."""
+"""fp32 master weights, whatever the type of the model's own parameters, and the rules that change them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
 
 from encdec_cli.errors import BundleError
 
 
-@dataclass(frozen=True)
-class AdamSettings:
-    """What the update rule needs beside the rate."""
-
-    name: Literal["adam", "adamw"] = "adam"
-    """`adam` (https://arxiv.org/abs/1412.6980), `adamw` with decoupled decay (https://arxiv.org/abs/1711.05101)."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Decay of the averages of the gradient and of its square."""
-    epsilon: float = 1e-8
-    """Added to the denominator."""
-    weight_decay: float = 0.0
-    """Applies to tensors of two dimensions or more; biases and the gains of norms are never decayed."""
-
-
 @dataclass
-class _Weight:
+class Weight:
     """One parameter with what the optimizer remembers about it; all but the parameter in fp32."""
 
+    name: str
     parameter: nn.Parameter
     master: Tensor
-    moment1: Tensor
-    moment2: Tensor
-    steps: Tensor
+    moments: dict[str, Tensor] = field(default_factory=dict)
+    """By the names that its rule gives them; each has the shape of the master."""
     gradient: Tensor | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is saved of it, by name."""
+        return {f"{kind}.{self.name}": tensor for kind, tensor in {"master": self.master, **self.moments}.items()}
+
+
+class Rule(Protocol):
+    """How masters follow gradients."""
+
+    moments: ClassVar[Sequence[str]]
+    """What it remembers of each weight; all start at zero."""
+
+    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
+        """Change the masters, and the moments, by the gradients; `updates` have been done before.
+
+        A weight without a gradient counts as one whose gradient is zero.
+        """
 
 
 class Optimizer:
     """Updates fp32 master weights and copies them to the parameters.
 
-    One update is `collect()` after the backward pass of each micro-batch, then `clip()`, then `step()`. A parameter
-    that stays fp32 is its own master. Build it when the model is on its device, has its initial weights and still is
-    fp32, and cast the model afterwards (`Precision.apply`): so the masters keep the full precision of those weights.
+    One update is `collect()` for each micro-batch, then `clip()`, then `step()`. A parameter that stays fp32 is its
+    own master. Build it when the model is on its device, has its initial weights and still is fp32, and cast the
+    model afterwards (`Precision.apply`): so the masters keep the full precision of those weights.
 
-    torch's fused kernels are called as functions: they are 3 times as fast as its foreach version on a CPU, and the
-    classes of `torch.optim` import the compiler, which takes more than a second.
+    Args:
+        rules: each with the named parameters that follow it; those that need no gradient are left alone.
     """
 
-    def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], settings: AdamSettings) -> None:
-        self.settings = settings
+    def __init__(self, rules: Iterable[tuple[Rule, Iterable[tuple[str, nn.Parameter]]]]) -> None:
         self.updates = 0
         """Updates done."""
-        self._weights = {name: _new_weight(p) for name, p in parameters if p.requires_grad}
-        weights = list(self._weights.values())
-        matrices = [weight for weight in weights if weight.master.dim() >= 2]
-        vectors = [weight for weight in weights if weight.master.dim() < 2]
-        self._groups = [(matrices, settings.weight_decay), (vectors, 0.0)]
+        self._groups: list[tuple[Rule, list[Weight]]] = []
+        for rule, parameters in rules:
+            weights = [_new_weight(rule, name, p) for name, p in parameters if p.requires_grad]
+            if weights:
+                self._groups.append((rule, weights))
+        self._weights = [weight for _, weights in self._groups for weight in weights]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters in the order in which `collect` takes their gradients."""
+        return [weight.parameter for weight in self._weights]
 
     @torch.no_grad()
-    def collect(self) -> None:
-        """Take the parameters' gradients away and add them, in fp32, to those of earlier micro-batches."""
-        for weight in self._weights.values():
-            gradient, weight.parameter.grad = weight.parameter.grad, None
+    def collect(self, gradients: Iterable[Tensor | None]) -> None:
+        """Add gradients, one for each of `parameters`, in fp32 to those of earlier micro-batches."""
+        for weight, gradient in zip(self._weights, gradients, strict=True):
             if gradient is None:
                 continue
             if weight.gradient is None:
@@ -80,7 +85,7 @@ class Optimizer:
 
         If the norm is infinite or not a number nothing is scaled, and `step` must not be called.
         """
-        gradients = [weight.gradient for weight in self._weights.values() if weight.gradient is not None]
+        gradients = [weight.gradient for weight in self._weights if weight.gradient is not None]
         if not gradients:
             return 0.0
         norm = float(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm())
@@ -91,54 +96,31 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
-        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients.
-
-        A parameter without a gradient counts as one whose gradient is zero.
-        """
-        for weights, decay in self._groups:
-            if weights:
-                self._update(weights, decay, rate)
+        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients."""
+        for rule, weights in self._groups:
+            rule.update(weights, rate, self.updates)
         self.updates += 1
-        for weight in self._weights.values():
+        for weight in self._weights:
             weight.gradient = None
             _publish(weight)
 
     def discard(self) -> None:
         """Forget the collected gradients without an update."""
-        for weight in self._weights.values():
-            weight.gradient = weight.parameter.grad = None
-
-    def _update(self, weights: list[_Weight], decay: float, rate: float) -> None:
-        update = adamw if self.settings.name == "adamw" else adam
-        update(
-            [weight.master for weight in weights],
-            [w.gradient if w.gradient is not None else torch.zeros_like(w.master) for w in weights],
-            [weight.moment1 for weight in weights],
-            [weight.moment2 for weight in weights],
-            [],
-            [weight.steps for weight in weights],
-            fused=all(weight.master.device.type in ("cpu", "cuda") for weight in weights),
-            amsgrad=False,
-            beta1=self.settings.betas[0],
-            beta2=self.settings.betas[1],
-            lr=rate,
-            weight_decay=decay,
-            eps=self.settings.epsilon,
-            maximize=False,
-        )
+        for weight in self._weights:
+            weight.gradient = None
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
-        return {name: weight.master for name, weight in self._weights.items()}
+        return {weight.name: weight.master for weight in self._weights}
 
     def state(self) -> dict[str, Tensor]:
         """Return all that `load` needs, as named tensors that `step` goes on changing: save them, or copy them.
 
-        The names are `master.<parameter>`, `moment1.<parameter>`, `moment2.<parameter>` and `step`.
+        The names are `step`, `master.<parameter>`, and `<moment>.<parameter>` for what the rule remembers.
         """
         named: dict[str, Tensor] = {"step": torch.tensor(self.updates)}
-        for name, weight in self._weights.items():
-            named.update(_named(name, weight))
+        for weight in self._weights:
+            named |= weight.state()
         return named
 
     @torch.no_grad()
@@ -156,24 +138,18 @@ class Optimizer:
                     f"{tensor.dtype} {list(tensor.shape)}; it belongs to another model, start a new run."
                 )
         self.updates = int(state["step"])
-        for name, weight in self._weights.items():
-            for key, tensor in _named(name, weight).items():
-                tensor.copy_(state[key])
-            weight.steps.fill_(self.updates)
+        for weight in self._weights:
+            for name, tensor in weight.state().items():
+                tensor.copy_(state[name])
             weight.gradient = None
             _publish(weight)
 
 
-def _new_weight(parameter: nn.Parameter) -> _Weight:
+def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
     master = parameter.detach().float()
-    steps = torch.zeros((), dtype=torch.float32, device=master.device)
-    return _Weight(parameter, master, torch.zeros_like(master), torch.zeros_like(master), steps)
+    return Weight(name, parameter, master, {moment: torch.zeros_like(master) for moment in rule.moments})
 
 
-def _named(name: str, weight: _Weight) -> dict[str, Tensor]:
-    return {f"master.{name}": weight.master, f"moment1.{name}": weight.moment1, f"moment2.{name}": weight.moment2}
-
-
-def _publish(weight: _Weight) -> None:
+def _publish(weight: Weight) -> None:
     if weight.parameter.data_ptr() != weight.master.data_ptr():
         weight.parameter.copy_(weight.master)

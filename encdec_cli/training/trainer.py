@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,10 +26,10 @@ from encdec_cli.errors import BundleError, NonFiniteError, UsageError
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
+from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.log import Log
-from encdec_cli.training.loss import real_rows, token_loss
-from encdec_cli.training.optimizer import AdamSettings, Optimizer
+from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation, finite
@@ -66,12 +68,6 @@ class Clock:
         return {"seconds": round(now - self._start, 1), "tokens_per_second": round(speed, 1) if speed else None}
 
 
-def adam_settings(train: Train) -> AdamSettings:
-    """Return the optimizer's share of the recipe's `train` section."""
-    first, second = train.betas
-    return AdamSettings(train.optimizer, (first, second), weight_decay=train.weight_decay)
-
-
 class Trainer:
     """One run: from its newest checkpoint, or from the start, to its end."""
 
@@ -87,9 +83,9 @@ class Trainer:
             take_weights(model, setting.init_from, source, target)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
-        self.parameters = list(model.parameters())
-        self.optimizer = Optimizer(model.named_parameters(), adam_settings(self.train))
         chosen = precision.choose(self.train.precision, setting.device)
+        vocabularies = len(source.vocabulary), len(target.vocabulary)
+        self.optimizer = make_optimizer(model, self.train, vocabularies, chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
         store = setting.data.store("train")
@@ -98,6 +94,13 @@ class Trainer:
         )
         self.store = store
         self._check_positions()
+        self.gradients = Gradients(
+            model,
+            self.optimizer.parameters,
+            self.train.label_smoothing,
+            self.train.accumulate,
+            self._load(np.array([0])),
+        )
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
@@ -109,6 +112,10 @@ class Trainer:
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
+        with closing(self.gradients):
+            self._run(show)
+
+    def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
         progress = self.progress
         updates = self.sampler.updates(progress.step, self.train.accumulate)
@@ -143,11 +150,12 @@ class Trainer:
         """
         batches = self.sampler.batches(0)
         largest = max(batches, key=lambda rows: len(rows) * int(self.store.target_lengths[rows].max() + 1))
-        self.model.train()
-        self._accumulate(collate(*self.store.gather(largest), largest.tolist()).to(self.setting.device), 1.0)
-        self.optimizer.discard()
+        list(self.gradients.of([self._load(largest)] * self.gradients.workers, 1.0, 0))
         self.validation.try_longest(self.bundle)
-        return sum(parameter.numel() for parameter in self.parameters), len(batches)
+        return sum(parameter.numel() for parameter in self.model.parameters()), len(batches)
+
+    def _load(self, rows: Ints) -> Batch:
+        return collate(*self.store.gather(rows), rows.tolist()).to(self.setting.device)
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -167,12 +175,13 @@ class Trainer:
     def _update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
-        loaded = [collate(*self.store.gather(rows), rows.tolist()).to(self.setting.device) for rows in batches]
+        loaded = [self._load(rows) for rows in batches]
         tokens = sum(int(self.store.target_lengths[rows].sum()) + len(rows) for rows in batches)  # EOS counts
-        self.model.train()
+        loss = 0.0
         # A seed of its own for each update: no random state has to be saved.
-        torch.manual_seed((self.train.seed * 1_000_003 + step) % (1 << 63))
-        loss = sum(self._accumulate(batch, 1 / tokens) for batch in loaded)
+        for part, gradient in self.gradients.of(loaded, 1 / tokens, self.train.seed * 1_000_003 + step):
+            self.optimizer.collect(gradient)
+            loss += part
         norm = self.optimizer.clip(self.train.clip)
         self._check_finite(loss, norm, step, batches)
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
@@ -185,16 +194,6 @@ class Trainer:
         show(step, loss / tokens, tokens, progress.best)
         if step % self.train.log_every == 0:
             self._log_training(rate, norm)
-
-    def _accumulate(self, batch: Batch, weight: float) -> float:
-        """Add the batch's gradient, times `weight`, to what the optimizer collects; return the summed loss."""
-        hidden = self.model(batch.source, batch.source_mask, batch.known_target[:, :-1])
-        rows, labels = real_rows(hidden, batch.known_target[:, 1:])
-        smoothing = self.train.label_smoothing
-        loss, _ = token_loss(rows, self.model.project, labels, smoothing, self.parameters, weight=weight)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.collect()
-        return float(loss.detach()) / weight
 
     def _check_finite(self, loss: float, norm: float, step: int, batches: Sequence[Ints]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

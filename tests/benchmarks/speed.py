@@ -20,15 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encdec_cli.data.batch import collate
+from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.data.store import Store
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import Limits
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.models.transformer import Transformer
-from encdec_cli.training.loss import real_rows, token_loss
-from encdec_cli.training.optimizer import AdamSettings, Optimizer
+from encdec_cli.training.adam import Adam
+from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import choose
 
 from .plain import Cached, PlainTrainer, PlainTransformer, Uncached, beam_search
@@ -136,26 +137,32 @@ def target_tokens(batches: Sequence[tuple[Tensor, Tensor]]) -> int:
     return sum(int((target[:, 1:] != 0).sum()) for _, target in batches)
 
 
-def our_training(name: str, precision: str, batches: Sequence[tuple[Tensor, Tensor]], vocab: int) -> Variant:
+def our_training(
+    name: str, precision: str, batches: Sequence[tuple[Tensor, Tensor]], vocab: int, accumulate: int = 1
+) -> Variant:
     """Return our training: the parts of one update as `encdec train` puts them together."""
     model = our_model(vocab).train()
-    optimizer = Optimizer(model.named_parameters(), AdamSettings("adam"))
+    optimizer = Optimizer([(Adam(decoupled=False), model.named_parameters())])
     choose(precision, "cpu").apply(model)
-    parameters = list(model.parameters())
+    updates = [micro_batches(*pair, accumulate) for pair in batches]
+    gradients = Gradients(model, optimizer.parameters, 0.1, accumulate, probe=updates[0][0])
 
     def run() -> int:
-        for source, target in batches:
-            hidden = model(source, source != 0, target[:, :-1])
-            rows, labels = real_rows(hidden, target[:, 1:])
-            loss, _ = token_loss(rows, model.project, labels, 0.1, parameters, weight=1 / len(labels))
-            loss.backward()
-            optimizer.collect()
+        for parts in updates:
+            tokens = sum(int((part.known_target[:, 1:] != 0).sum()) for part in parts)
+            for _, gradient in gradients.of(parts, 1 / tokens, seed=1):
+                optimizer.collect(gradient)
             optimizer.clip(1.0)
             optimizer.step(1e-4)
-            float(loss.detach())
         return target_tokens(batches)
 
     return Variant(name, run, ours=True)
+
+
+def micro_batches(source: Tensor, target: Tensor, number: int) -> list[Batch]:
+    """Cut a batch into `number` batches of about as many rows, so that an update has the same tokens."""
+    parts = zip(source.tensor_split(number), target.tensor_split(number), strict=True)
+    return [Batch(some, others, list(range(len(some)))) for some, others in parts]
 
 
 def plain_training(
@@ -181,6 +188,7 @@ def training_variants(pairs: Pairs, tokens: int, count: int) -> list[Variant]:
     common = (batches, pairs.vocab)
     return [
         our_training("ours, train.precision=auto", "auto", *common),
+        our_training("ours, train.accumulate=2", "auto", *common, accumulate=2),
         our_training("ours, fp32", "fp32", *common),
         plain_training("nn.Transformer, fp32", False, False, *common),
         plain_training("nn.Transformer, autocast bf16", True, False, *common),

@@ -1,0 +1,79 @@
+"""Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/): steps of equal size in every direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from encdec_cli.training.optimizer import Weight
+
+_ITERATIONS = 5
+_QUINTIC = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the Newton-Schulz step in the text above; singular values end between 0.7 and 1.2."""
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Steps by the momentum of the gradient with its singular values made equal, for matrices inside a network.
+
+    A matrix whose longer side is a multiple of its shorter one is treated as the square blocks it consists of: the
+    joined queries, keys and values of a layer are three maps, and equal shapes are one batched product. The step has
+    the size that Adam's usually has (0.2 times the rate a weight; Liu et al. 2025, https://arxiv.org/abs/2502.16982,
+    equation 4), so one rate serves both.
+    """
+
+    moments: ClassVar[Sequence[str]] = ("momentum",)
+
+    decay: float = 0.95
+    """Of the average of the gradient."""
+    weight_decay: float = 0.0
+    """How strongly weights are pulled to zero, apart from the gradient."""
+    dtype: torch.dtype = torch.float32
+    """Of the products; bf16 is enough."""
+
+    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
+        """Change the masters; see `Rule`."""
+        by_shape: dict[torch.Size, list[tuple[Weight, Tensor]]] = {}
+        for weight in weights:
+            blocks = square_blocks(self._direction(weight))
+            by_shape.setdefault(blocks.shape[1:], []).append((weight, blocks))
+        for shape, members in by_shape.items():
+            steps = orthogonalised(torch.cat([blocks for _, blocks in members]), self.dtype)
+            size = 0.2 * max(shape) ** 0.5 * rate
+            for weight, blocks in members:
+                weight.master.mul_(1 - rate * self.weight_decay)
+                square_blocks(weight.master).sub_(steps[: len(blocks)], alpha=size)
+                steps = steps[len(blocks) :]
+
+    def _direction(self, weight: Weight) -> Tensor:
+        momentum = weight.moments["momentum"]
+        gradient = weight.gradient if weight.gradient is not None else torch.zeros_like(momentum)
+        momentum.lerp_(gradient, 1 - self.decay)
+        return gradient.lerp(momentum, self.decay)  # Nesterov's look ahead
+
+
+def square_blocks(matrix: Tensor) -> Tensor:
+    """View a matrix as the square blocks [blocks, side, side] along its longer side, or as one block [1, m, n]."""
+    rows, columns = matrix.shape
+    if rows % columns == 0:
+        return matrix.view(-1, columns, columns)
+    if columns % rows == 0:
+        return matrix.view(rows, -1, rows).transpose(0, 1)
+    return matrix.unsqueeze(0)
+
+
+def orthogonalised(blocks: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return about U V^T for each block U S V^T of [blocks, m, n], in fp32, by Newton-Schulz steps in `dtype`."""
+    a, b, c = _QUINTIC
+    tall = blocks.shape[1] > blocks.shape[2]
+    x = (blocks / (blocks.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
+    x = x.mT if tall else x
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    result: Tensor = (x.mT if tall else x).float()
+    return result
