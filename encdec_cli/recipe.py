@@ -213,11 +213,6 @@ def fingerprint(recipe: Recipe, sections: Collection[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, with which editors complete and check it; imports every built-in."""
-    return explained.json_schema(Recipe)
-
-
 def explain() -> str:
     """Return every key as a commented recipe of the defaults; imports every built-in."""
     return explained.recipe_text(Recipe)

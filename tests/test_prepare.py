@@ -72,9 +72,10 @@ def run(
 
 def words(prepared: Prepared, split: str) -> list[tuple[str, str]]:
     store = prepared.store(split)
+    pairs = (store.gather([number]) for number in range(len(store)))
     return [
-        (prepared.source.decode(store.source(i).tolist()), prepared.target.decode(store.target(i).tolist()))
-        for i in range(len(store))
+        (prepared.source.decode(source.tokens.tolist()), prepared.target.decode(target.tokens.tolist()))
+        for source, target in pairs
     ]
 
 

@@ -81,7 +81,7 @@ def test_special_ids(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_lone_surrogate_is_replaced(kind: str) -> None:
-    tokenizer = train_tokenizer(kind, [*LINES, "\ufffd"], TokenizerOptions(size=400, coverage=1.0))
+    tokenizer = train_tokenizer(kind, [*LINES, "\ufffd"], TokenizerOptions(size=400))
     assert tokenizer.encode("a \ud800") == tokenizer.encode("a \ufffd")
 
 
@@ -160,11 +160,10 @@ def test_evenly_takes_every_so_many_lines(count: int, limit: int) -> None:
     assert chosen[:1] == [0][:count]
 
 
-def test_vocabulary_json_and_ids() -> None:
+def test_vocabulary_ids() -> None:
     vocabulary = Vocabulary((*SPECIAL, "ü", "b"))
-    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
     assert (len(vocabulary), vocabulary.id("b"), vocabulary.id("?"), vocabulary.token(4)) == (6, 5, UNK, "ü")
     assert vocabulary.sha256 != Vocabulary((*SPECIAL, "b", "ü")).sha256
-    for wrong in ("{", "[1]", '["a"]', '["<pad>","<unk>","<s>","</s>","a","a"]'):
+    for wrong in (("a",), (*SPECIAL, "a", "a")):
         with pytest.raises(BundleError):
-            Vocabulary.from_json(wrong)
+            Vocabulary(wrong)

@@ -164,11 +164,10 @@ class _Split:
         """Write the shards; of a held-out split also the text, every example of it, whatever its length."""
         sides = tokenizer_sides(*self.tokenizers)
         if self.split == "train":
-            written = write_shards(folder, self.split, self._encoded(None), sides)
+            self.sha256 = write_shards(folder, self.split, self._encoded(None), sides)
         else:
             with (folder / text_name(self.split)).open("wb") as file:
-                written = write_shards(folder, self.split, self._encoded(file), sides)
-        self.sha256 = written.sha256
+                self.sha256 = write_shards(folder, self.split, self._encoded(file), sides)
 
     def _encoded(self, file: BinaryIO | None) -> Iterator[tuple[list[int], list[int]]]:
         encode_source, encode_target = (tokenizer.encode for tokenizer in self.tokenizers)

@@ -19,10 +19,6 @@ class TokenizerOptions:
     """Of sentencepiece: `unigram` or `bpe`."""
     symbols: tuple[str, ...] = ()
     """Strings that are always one token of their own, such as `<turn>`; without white space."""
-    coverage: float = 0.9995
-    """Of sentencepiece: share of the characters that get a token; the rest is spelled in bytes."""
-    split_digits: bool = True
-    """Of sentencepiece: every digit is a token of its own, so that numbers can be copied digit by digit."""
     max_lines: int = 1_000_000
     """Train on at most this many lines, evenly spread over the corpus."""
 

@@ -18,6 +18,8 @@ _SPACE = "\u2581"
 _THREADS = 4
 # SentencePiece leaves out lines over a number of bytes; ours are cut, at most 4 bytes a character.
 _PIECE_OF_LINE = 4000
+# The share of the characters that get a piece; the rest is spelled in bytes.
+_COVERAGE = 0.9995
 _FATAL_ONLY = 3
 
 
@@ -57,8 +59,8 @@ class SentencePiece:
                 model_writer=content,
                 model_type=options.algorithm,
                 vocab_size=options.size,
-                character_coverage=options.coverage,
-                split_digits=options.split_digits,
+                character_coverage=_COVERAGE,
+                split_digits=True,  # so that numbers can be copied digit by digit
                 user_defined_symbols=list(options.symbols),
                 pad_id=PAD,
                 unk_id=UNK,
