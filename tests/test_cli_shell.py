@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from encdec_cli import __version__, cli
-from encdec_cli.cli import console, reference
+from encdec_cli.cli import console
 from encdec_cli.errors import DataError, ExitCode, UsageError
 from encdec_cli.registry import KINDS
 
@@ -300,24 +300,28 @@ def test_columns_are_aligned_by_what_is_seen():
 # The generated pages.
 
 
-def test_the_committed_pages_are_current():
+@pytest.fixture(scope="module")
+def pages():
     # In a process of its own: plugins that other tests registered are no part of the documentation.
-    code = "import json; from encdec_cli.cli import reference; print(json.dumps(reference.pages()))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
-    for name, text in json.loads(done.stdout).items():
-        page = ROOT / "docs" / "commands" / name
-        assert page.is_file(), f"{name} is missing: run python -m encdec_cli.cli.reference docs/commands"
-        assert page.read_text(encoding="utf-8") == text, f"{name}: run python -m encdec_cli.cli.reference docs/commands"
+    code = "import json, reference; print(json.dumps(reference.pages()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "docs", capture_output=True, check=True)
+    return json.loads(done.stdout)
 
 
-def test_a_page_holds_every_option_with_its_meaning():
-    page = reference.pages()["list.md"]
+def test_the_committed_pages_are_current(pages):
+    for name, text in pages.items():
+        page = ROOT / "docs" / name
+        assert page.is_file(), f"{name} is missing: run python docs/reference.py"
+        assert page.read_text(encoding="utf-8") == text, f"{name}: run python docs/reference.py"
+
+
+def test_a_page_holds_every_option_with_its_meaning(pages):
+    page = pages["commands/list.md"]
     assert "```\nencdec list [OPTIONS]\n```" in page
     assert "| `--json` | Write one JSON object. |  |" in page
     assert "| `--plugin` `FILE` | A plugin file to load; repeat for more. |  |" in page
 
 
-def test_the_page_of_exit_codes_holds_each():
-    page = reference.pages()["../exit-codes.md"]
+def test_the_page_of_exit_codes_holds_each(pages):
     for code in ExitCode:
-        assert f"| {code.value} | " in page
+        assert f"| {code.value} | " in pages["exit-codes.md"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError
 from encdec_cli.training.optimizer import AdamSettings, Optimizer
 from encdec_cli.training.precision import choose
 from encdec_cli.training.schedule import learning_rate
@@ -208,8 +208,3 @@ def test_schedules_without_warmup_start_near_the_peak_and_never_rise(kind: str) 
     rates = [learning_rate(step, kind, 1.0, 0, 50) for step in range(1, 51)]
     assert rates[0] > 0.97
     assert rates == sorted(rates, reverse=True)
-
-
-def test_an_unknown_schedule_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="did you mean 'cosine'"):
-        learning_rate(1, "cosin", 1.0, 0, 10)

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from encdec_cli import atomic
+from encdec_cli import atomic, recipe
 from encdec_cli.corpora.corpus import Corpus
 from encdec_cli.data.prepare import Prepared, is_current, prepare
 from encdec_cli.data.prepared import FACTS
@@ -27,14 +28,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass
-class Text:
-    tokenizer: str = "word"
-    algorithm: str = "unigram"
+class Text(recipe.Text):
+    tokenizer: Literal["sentencepiece", "word", "character"] = "word"
     vocabulary: int = 50
-    shared: bool = True
     max_source: int = 6
     max_target: int = 6
-    too_long: str = "skip"
 
 
 @dataclass

@@ -118,17 +118,10 @@ def test_tiny_long_and_odd_corpora_train(lines: list[str]) -> None:
     assert tokenizer.decode(tokenizer.encode(lines[0])) == lines[0]
 
 
-@pytest.mark.parametrize(
-    "options", [{"algorithm": "wordpiece"}, {"size": 4}, {"symbols": ("a b",)}, {"symbols": ("<s>",)}, {"max_lines": 0}]
-)
+@pytest.mark.parametrize("options", [{"size": 4}, {"symbols": ("a b",)}, {"symbols": ("<s>",)}])
 def test_wrong_options(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         TokenizerOptions(**options)  # type: ignore[arg-type]
-
-
-def test_unknown_kind_is_told_with_a_suggestion() -> None:
-    with pytest.raises(UsageError, match="did you mean 'sentencepiece'"):
-        train_tokenizer("sentencepeice", LINES, OPTIONS)
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
