@@ -70,13 +70,8 @@ def write_file(path: Path, content: bytes) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON with sorted keys, so that equal values are equal bytes."""
-    write_file(path, json_bytes(value))
-
-
 def json_bytes(value: Any) -> bytes:
-    """Return `value` as JSON: sorted keys, two spaces, one newline at the end."""
+    """Return `value` as JSON with sorted keys, so that equal values are equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -136,7 +131,7 @@ def _seal(folder: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-    write_json(folder / MANIFEST, {"files": entries})
+    write_file(folder / MANIFEST, json_bytes({"files": entries}))
     sync_folder(folder)
 
 

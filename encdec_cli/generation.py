@@ -11,7 +11,6 @@ import torch
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
-from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.text.example import Example
@@ -31,7 +30,6 @@ class Options:
     """Candidates returned for each line, at most `strategy.beam`."""
     batch: int = 64
     """Most sentences decoded together; fewer where they are long."""
-    rules: Sequence[Rule] = ()
 
 
 @dataclass
@@ -161,7 +159,7 @@ def _search(bundles: Sequence[Bundle], batch: Batch, options: Options) -> list[l
             maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
     limits = Limits(minimum=torch.ones_like(maximum), maximum=maximum)
     stepper = Stepper(models, batch.source.to(device), mask.to(device), beam=strategy.beam)
-    return strategy(stepper, limits, options.rules)
+    return strategy(stepper, limits, rules=[])
 
 
 def _candidate(bundle: Bundle, line: _Line, hypothesis: Hypothesis) -> Candidate:

@@ -179,20 +179,12 @@ def _load_named(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
     return loaded
 
 
-def from_resolved(value: Any, source: str = "recipe", sections: Collection[str] | None = None) -> Recipe:
+def from_resolved(value: Any, source: str = "recipe") -> Recipe:
     """Return the recipe that `resolved` wrote; plugins it names are not run: load them before.
 
-    Args:
-        value: what `resolved` returned.
-        source: the file it comes from, for messages.
-        sections: the sections to check, as for `load`.
-
-    Raises:
-        UsageError: naming every key that does not fit this version.
+    Raises UsageError naming `source`, the file it comes from, and every key that does not fit this version.
     """
-    tree = from_plain(value, Place(0, 0, source))
-    checked = None if sections is None else {"plugins", *sections}
-    return loader.build(tree, Recipe, Mistakes(), checked)
+    return loader.build(from_plain(value, Place(0, 0, source)), Recipe, Mistakes())
 
 
 def resolved(recipe: Recipe, sections: Collection[str] = SECTIONS) -> dict[str, Any]:
@@ -211,11 +203,6 @@ def fingerprint(recipe: Recipe, sections: Collection[str]) -> str:
     """Return the SHA-256 of the resolved sections, as hexadecimal."""
     text = json.dumps(resolved(recipe, sections), sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, with which editors complete and check it; imports every built-in."""
-    return explained.json_schema(Recipe)
 
 
 def explain() -> str:

@@ -8,8 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from encdec_cli.bundle.bundle import Bundle
 
 RECIPE = """\
 task: {{name: translation}}
@@ -75,6 +79,11 @@ def encdec(
         **({"input": content} if content is not None else {"stdin": subprocess.DEVNULL}),
     )
     return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def save(bundle: Bundle, folder: Path) -> None:
+    """Write a bundle with its model's own weights."""
+    bundle.save_weights(folder, bundle.model.state_dict())
 
 
 def write_lines(path: Path, lines: Sequence[str]) -> None:

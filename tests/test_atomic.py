@@ -59,7 +59,7 @@ def test_write_file_where_a_file_stands_for_a_folder(tmp_path):
 
 def test_json_is_the_same_bytes_for_the_same_value(tmp_path):
     assert atomic.json_bytes({"b": 1, "a": "ü"}) == atomic.json_bytes({"a": "ü", "b": 1})
-    atomic.write_json(tmp_path / "a.json", {"b": [1, 2]})
+    atomic.write_file(tmp_path / "a.json", atomic.json_bytes({"b": [1, 2]}))
     assert atomic.read_json(tmp_path / "a.json") == {"b": [1, 2]}
 
 

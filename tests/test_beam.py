@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_transformer
 
 from encdec_cli.decoding.beam import Beam
-from encdec_cli.decoding.rules import NoRepeat
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.text.vocabulary import BOS, EOS, UNK
 
@@ -110,10 +109,15 @@ def test_equal_scores_go_to_the_lowest_token():
     assert run(Beam(beam=1), Scripted(table), minimum=1)[0][0].tokens == [A]
 
 
-def test_no_repeat_changes_the_output():
+def test_a_rule_changes_the_output():
+    def no_third_a(scores, prefix):
+        if prefix.shape[1] >= 2:
+            scores[:, A] = -torch.inf
+        return scores
+
     table = {tuple([A] * n): {A: 0.9, B: 0.06, EOS: 0.04} for n in range(9)}
     assert run(Beam(beam=1), Scripted(table), maximum=4)[0][0].tokens == [A] * 4
-    found = run(Beam(beam=1), Scripted(table), maximum=6, rules=[NoRepeat(size=2)])[0]
+    found = run(Beam(beam=1), Scripted(table), maximum=6, rules=[no_third_a])[0]
     assert outputs(found) == [([A, A, B], True)]
 
 

@@ -1,4 +1,4 @@
-"""The steps under every search: scores, candidates, ensembles, teacher forcing, rules."""
+"""The steps under every search: scores, candidates, ensembles, teacher forcing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_t
 
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.force import score_targets
-from encdec_cli.decoding.rules import NoRepeat
 from encdec_cli.decoding.scorer import Scores, pack, unpack
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
@@ -76,7 +75,6 @@ def test_banned_tokens_stay_in_the_normaliser():
     log_probs, tokens = scores.top(2)
     assert tokens.tolist() == [[2, 1]]
     assert log_probs.exp().tolist()[0] == pytest.approx([0.2, 0.1])
-    assert scores.top(1, banned=(2,))[1].tolist() == [[1]]
 
 
 def test_forbid_touches_only_the_rows_named():
@@ -112,7 +110,7 @@ def test_stepper_bans_pad_bos_and_unk_by_default():
     log_probs, tokens = stepper.step(torch.tensor([BOS])).top(2)
     assert tokens.tolist() == [[A, EOS]]
     assert log_probs.exp().tolist()[0] == pytest.approx([0.15, 0.05])
-    assert (stepper.sentences, stepper.rows, stepper.vocab) == (1, 1, VOCAB)
+    assert (stepper.sentences, stepper.rows) == (1, 1)
 
 
 def test_scores_leave_the_hidden_states_of_an_identity_projection_alone():
@@ -199,24 +197,6 @@ def test_the_score_of_a_search_is_the_score_of_teacher_forcing(build, members):
             forced = score_targets(models, source[[sentence]], mask[[sentence]], target)[0]
             assert one.token_scores == pytest.approx(forced.tolist(), abs=1e-5)
             assert one.score == pytest.approx(forced.sum().item() / len(forced) ** 0.7, abs=1e-5)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 4), st.lists(st.integers(4, 7), max_size=9))
-def test_no_repeat_forbids_what_would_complete_a_second_copy(size, prefix):
-    scores = NoRepeat(size=size)(torch.zeros(2, 9), torch.tensor([prefix, [8] * len(prefix)], dtype=torch.int64))
-
-    def twice(tokens):
-        grams = [tuple(tokens[i : i + size]) for i in range(len(tokens) - size + 1)]
-        return grams and grams[-1] in grams[:-1]
-
-    wanted = [token for token in range(9) if twice([*prefix, token])]
-    assert (scores[0] == -torch.inf).nonzero().flatten().tolist() == wanted
-
-
-def test_no_repeat_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="size is 0"):
-        NoRepeat(size=0)
 
 
 def test_coin_plugin_decides_between_the_two_best():

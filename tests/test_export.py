@@ -25,6 +25,7 @@ from encdec_cli.registry import load_plugin
 from encdec_cli.text.example import Example
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.tokenizer import Character, SentencePiece, Word
+from tests.conftest import save
 
 WORDS = [f"w{number}" for number in range(40)]
 SIZES = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "heads": 2, "feed_forward": 32}
@@ -315,7 +316,7 @@ def test_files_of_the_folder(bundle, tmp_path):
 def test_a_folder_that_is_no_export_is_not_replaced(bundle, tmp_path):
     for name in ("bundle", "other"):
         folder = tmp_path / name
-        bundle.save(folder) if name == "bundle" else folder.mkdir()
+        save(bundle, folder) if name == "bundle" else folder.mkdir()
         (folder / "precious").write_text("x")
         with pytest.raises(UsageError, match=r"no export .*not replaced"):
             export(CTranslate2(), bundle, folder)
@@ -356,7 +357,7 @@ def run_folder(bundle, tmp_path):
         (tmp_path / f"{split}.tgt").write_text("".join(f"{line}\n" for line in lines(60, 22)))
     data = {split: {"source": f"{split}.src", "target": f"{split}.tgt"} for split in ("train", "test")}
     plain = resolved(bundle.recipe) | {"data": {"name": "files", "root": str(tmp_path), **data}}
-    replace(bundle, recipe=from_resolved(plain)).save(tmp_path / "runs" / "mt" / "bundle")
+    save(replace(bundle, recipe=from_resolved(plain)), tmp_path / "runs" / "mt" / "bundle")
     return tmp_path / "runs" / "mt"
 
 
@@ -458,7 +459,7 @@ class MyTransformer(Transformer):
 def test_a_plugin_model_is_refused_with_the_reason(encdec, tmp_path):
     (tmp_path / "mine.py").write_text(PLUGIN)
     load_plugin(tmp_path / "mine.py")
-    make_bundle(name="registry_test_transformer").save(tmp_path / "mine")
+    save(make_bundle(name="registry_test_transformer"), tmp_path / "mine")
     words = ("export", "--to", "ctranslate2", "--model", "mine", "--plugin", "mine.py")
     code, out, err = encdec(*words)
     assert (code, out) == (2, "")

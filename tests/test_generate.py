@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.generation import Options, generate
+from encdec_cli.text.example import Example
 from tests.conftest import encdec, environment, start
 
 
@@ -229,6 +232,13 @@ def test_without_a_model_it_says_where_it_looked(tmp_path):
     assert done.returncode == 2
     assert "ENCDEC_MODEL" in done.stderr
     assert "encdec train" in done.stderr
+
+
+def test_a_task_that_writes_several_lines_still_gives_one(copy_run, monkeypatch):
+    bundle = Bundle.load(copy_run)
+    monkeypatch.setattr(bundle.task, "write", lambda example, text: f"{text}\nb\rc")
+    (result,) = generate([bundle], [[Example("1 2")]], Options(bundle.recipe.decoding.config))
+    assert result.candidates[0].text == "1 2 b c"
 
 
 def test_the_newest_run_is_found_and_named(copy_run, tmp_path):

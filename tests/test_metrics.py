@@ -235,8 +235,6 @@ def test_unequal_and_empty_texts_are_refused_with_names_counts_and_row():
         check_lengths("hyp.txt", ["one"], "ref.txt", ["uno", "due"])
     with pytest.raises(DataError, match=r"ref\.txt has no lines"):
         check_lengths("hyp.txt", ["one"], "ref.txt", [])
-    with pytest.raises(DataError, match="the output has 2 lines but the baseline has 1,"):
-        evaluate([Exact()], Outputs(hypotheses=["a", "b"], references=[["a", "b"]], baseline=["a"]), QUICK)
 
 
 def test_tokenised_hypotheses_are_warned_of_and_plain_ones_not():
@@ -257,7 +255,7 @@ def test_report_as_text_and_as_numbers():
     assert "[" not in distinct
     assert "p =" not in distinct
     assert any("distinct-n has no interval" in warning for warning in report.warnings)
-    assert report.score_lines(1) == [f"{entry.value:.1f}" for entry in report.scores]
+    assert report.score_lines() == [f"{entry.value:.2f}" for entry in report.scores]
     assert report.to_json()["segments"] == 30
 
 
@@ -278,8 +276,6 @@ def test_wrong_options_and_missing_texts_are_explained():
         Distinct(orders=0)
     with pytest.raises(UsageError, match="BLEU needs hypotheses"):
         evaluate([Bleu()], Outputs(references=[["a"]]), QUICK)
-    with pytest.raises(UsageError, match="no reference"):
-        evaluate([Bleu()], Outputs(hypotheses=["a"], references=[]), QUICK)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_explained(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.muon import Muon, orthogonalised, square_blocks
@@ -216,11 +216,6 @@ def test_schedules_without_warmup_start_near_the_peak_and_never_rise(kind: str) 
     rates = [learning_rate(step, kind, 1.0, 0, 50) for step in range(1, 51)]
     assert rates[0] > 0.97
     assert rates == sorted(rates, reverse=True)
-
-
-def test_an_unknown_schedule_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match="did you mean 'cosine'"):
-        learning_rate(1, "cosin", 1.0, 0, 10)
 
 
 def test_muon_makes_the_singular_values_of_each_square_block_nearly_equal() -> None:

@@ -20,7 +20,7 @@ from encdec_cli.recipe import from_resolved
 from encdec_cli.registry import Plugin, load_plugin, strategies
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.tokenizer import Word
-from tests.conftest import copy_task, encdec, environment, write_lines
+from tests.conftest import copy_task, encdec, environment, save, write_lines
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
@@ -248,17 +248,17 @@ def make_bundle(plugins: list[Plugin]) -> Bundle:
 
 def test_a_bundle_that_is_loaded_and_saved_still_names_its_plugins(tmp_path):
     given = [Plugin(Path("/somewhere/a.py"), "a" * 64), Plugin(Path("/else/a.py"), "a" * 64)]
-    make_bundle([*given, Plugin(Path("b.py"), "b" * 64)]).save(tmp_path / "one")
+    save(make_bundle([*given, Plugin(Path("b.py"), "b" * 64)]), tmp_path / "one")
     loaded = Bundle.load(tmp_path / "one")  # a plugin that the recipe does not need is not asked for
     assert loaded.plugins == [Plugin(Path("a.py"), "a" * 64), Plugin(Path("b.py"), "b" * 64)]
-    loaded.save(tmp_path / "two")
+    save(loaded, tmp_path / "two")
     assert (tmp_path / "one" / "bundle.json").read_bytes() == (tmp_path / "two" / "bundle.json").read_bytes()
 
 
 def test_only_a_file_of_the_same_name_and_other_bytes_is_a_changed_plugin(tmp_path):
     same, other = Plugin(Path("/x/a.py"), "a" * 64), Plugin(Path("/x/c.py"), "c" * 64)
     changed = Plugin(Path("/x/b.py"), "c" * 64)
-    make_bundle([Plugin(Path("a.py"), "a" * 64), Plugin(Path("b.py"), "b" * 64)]).save(tmp_path / "model")
+    save(make_bundle([Plugin(Path("a.py"), "a" * 64), Plugin(Path("b.py"), "b" * 64)]), tmp_path / "model")
     assert changed_plugins(tmp_path / "model", [same, other]) == []
     (sentence,) = changed_plugins(tmp_path / "model", [same, other, changed])
     assert sentence.startswith(f"plugin /x/b.py is not the b.py that {tmp_path / 'model'} was made with")

@@ -12,10 +12,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from encdec_cli import atomic
+from encdec_cli import atomic, recipe
 from encdec_cli.corpora.corpus import Corpus
 from encdec_cli.data.prepare import Prepared, is_current, prepare
 from encdec_cli.data.prepared import FACTS
@@ -27,14 +28,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass
-class Text:
-    tokenizer: str = "word"
-    algorithm: str = "unigram"
+class Text(recipe.Text):
+    tokenizer: Literal["sentencepiece", "word", "character"] = "word"
     vocabulary: int = 50
-    shared: bool = True
     max_source: int = 6
     max_target: int = 6
-    too_long: str = "skip"
 
 
 @dataclass
@@ -72,9 +70,10 @@ def run(
 
 def words(prepared: Prepared, split: str) -> list[tuple[str, str]]:
     store = prepared.store(split)
+    pairs = (store.gather([number]) for number in range(len(store)))
     return [
-        (prepared.source.decode(store.source(i).tolist()), prepared.target.decode(store.target(i).tolist()))
-        for i in range(len(store))
+        (prepared.source.decode(source.tokens.tolist()), prepared.target.decode(target.tokens.tolist()))
+        for source, target in pairs
     ]
 
 

@@ -97,6 +97,30 @@ def test_continuous_integration_calls_the_test_command_of_the_readme():
 
 
 @pytest.mark.slow
+def test_the_first_two_command_lines_in_a_fresh_clone(tmp_path):
+    """As they are written: environment, installation, training, translating, then the tests."""
+    asked = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp_path, "typer"]
+    index = subprocess.run(asked, capture_output=True, text=True, check=False)
+    if index.returncode != 0:
+        pytest.skip(f"pip cannot reach an index: {index.stderr.strip()}")
+    subprocess.run(["git", "clone", "-q", ROOT, tmp_path / "clone"], check=True)  # what is committed, no more
+    outside = {name: value for name, value in environment().items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", BLOCKS[0] + BLOCKS[1]],
+        cwd=tmp_path / "clone",
+        env=outside,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1971" in done.stdout.split("\n")[0]
+    assert " passed" in done.stdout
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mt", "summarization", "dialogue"])
 def test_the_recipes_of_the_readme_in_full(folder, name):
     done = shell(folder, f"encdec train recipes/{name}.yaml --output runs/full-{name}")

@@ -81,13 +81,8 @@ class Bundle:
         model.to(device=device, dtype=dtype).eval()
         return cls(recipe, model, source, target, description["facts"], plugins)
 
-    def save(self, folder: Path) -> None:
-        """Write the bundle as `folder`, all of it or nothing."""
-        weights = {name: value.float() for name, value in self.model.state_dict().items()}
-        self.save_weights(folder, weights)
-
     def save_weights(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Write the bundle as `folder` with other weights than the model's own, such as an average's."""
+        """Write the bundle with these weights (the model's own, or an average's) as `folder`, all of it or nothing."""
         shared = self.source is self.target
         # One file may have been given by two paths.
         made_with = dict.fromkeys((plugin.path.name, plugin.sha256) for plugin in self.plugins)

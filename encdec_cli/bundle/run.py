@@ -82,16 +82,16 @@ def recover(run: Path) -> None:
                 leftover.unlink()
 
 
-def newest_run(runs: Path = RUNS) -> Path:
-    """Return the run below `runs` whose bundle is the newest.
+def newest_run() -> Path:
+    """Return the run below `RUNS` whose bundle is the newest.
 
     Raises UsageError that says how to name a model if there is none.
     """
-    found = [folder for folder in runs.glob("*") if (folder / "bundle" / "bundle.json").is_file()]
+    found = [folder for folder in RUNS.glob("*") if (folder / "bundle" / "bundle.json").is_file()]
     if not found:
         raise UsageError(
             f"no model: none was named with --model or ENCDEC_MODEL, and there is no finished or running run "
-            f"below ./{runs}; train one with `encdec train RECIPE`."
+            f"below ./{RUNS}; train one with `encdec train RECIPE`."
         )
     return max(found, key=lambda folder: (folder / "bundle" / "bundle.json").stat().st_mtime_ns)
 

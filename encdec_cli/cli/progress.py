@@ -13,7 +13,7 @@ _MEMORY = 0.95
 
 
 class TrainingProgress:
-    """Shows update, loss, tokens a second, time left and best score; a `Watcher` of the trainer."""
+    """Shows update, loss, tokens a second, time left and best score."""
 
     def __init__(self, bar: console.Bar, steps: int, step: int) -> None:
         self._bar = bar
@@ -22,10 +22,6 @@ class TrainingProgress:
         self._began = self._last_line = time.monotonic()
         self._tokens = 0
         self._loss: float | None = None
-
-    def say(self, sentence: str) -> None:
-        """Write one sentence, above the bar if there is one."""
-        console.say(sentence)
 
     def progress(self, step: int, loss: float, tokens: int, score: float | None) -> None:
         """Show one update: loss per target token, target tokens, best validation score."""

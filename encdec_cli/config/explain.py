@@ -1,4 +1,4 @@
-"""A schema for readers: as a commented recipe, and as JSON Schema for editors. Both are made from the dataclasses."""
+"""A schema for readers: the dataclasses as a commented recipe."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import is_dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-from pydantic import BaseModel, ConfigDict, create_model
-from pydantic import Field as ModelField
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from encdec_cli.config.component import Chosen
 from encdec_cli.config.schema import (
     default,
     descriptions,
     keys,
-    model_of,
     plain_value,
     recipe_keys,
     required,
@@ -29,30 +25,6 @@ from encdec_cli.errors import EncdecError
 from encdec_cli.registry import Registry
 
 _WIDTH = 100
-
-
-def json_schema(schema: type[Any]) -> dict[str, Any]:
-    """Return the JSON Schema (https://json-schema.org) of a file with the sections of `schema`."""
-    hints, texts = types_of(schema), descriptions(schema)
-    sections: dict[str, Any] = {}
-    for key, field in recipe_keys(schema).items():
-        chosen = _chosen(hints[key])
-        needed = chosen.default is None if chosen else required(field)
-        kind = _alternatives(chosen) if chosen else hints[key]
-        if isinstance(kind, type) and is_dataclass(kind):
-            kind = model_of(kind, describe=True)
-        sections[key] = (kind, ModelField(... if needed else None, description=texts.get(key)))
-    settings = ConfigDict(extra="forbid")
-    whole: type[BaseModel] = create_model(schema.__name__, __config__=settings, __doc__=schema.__doc__, **sections)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole.model_json_schema()}
-
-
-def _alternatives(chosen: Chosen) -> Any:
-    models = [
-        model_of(schema, name, name == chosen.default, describe=True)
-        for name, schema in _schemas(chosen.registry).items()
-    ]
-    return Union[tuple(models)]  # noqa: UP007 - made at run time
 
 
 def _schemas(registry: Registry[type[Any]]) -> dict[str, type[Any]]:

@@ -30,23 +30,6 @@ class Unchecked:
     value: Any
 
 
-def load(path: Path, schema: type[S], overrides: Sequence[str] = (), sections: Collection[str] | None = None) -> S:
-    """Read a file into `schema`.
-
-    Args:
-        path: the YAML file.
-        schema: the dataclass whose fields are the sections.
-        overrides: `key=value` words, such as `train.steps=100`.
-        sections: the sections to check; the others become `Unchecked`. None checks all.
-
-    Raises:
-        UsageError: naming every mistake with its place.
-    """
-    mistakes = Mistakes()
-    tree = read(path, overrides, mistakes)
-    return build(tree, schema, mistakes, sections)
-
-
 def read(path: Path, overrides: Sequence[str], mistakes: Mistakes) -> Node:
     """Read a file and apply overrides. Raises UsageError if the text itself is wrong."""
     try:

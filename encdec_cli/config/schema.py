@@ -97,32 +97,15 @@ def _attribute_docstrings(body: list[ast.stmt]) -> dict[str, str]:
     return found
 
 
-def model_of(
-    schema: type[Any], name: str | None = None, optional: bool = False, describe: bool = False
-) -> type[SectionModel]:
-    """Return the pydantic model of a dataclass.
-
-    Args:
-        schema: the dataclass.
-        name: a component's name, which then is a key of the model.
-        optional: whether the name may be left out.
-        describe: take the descriptions and defaults too, which only a JSON Schema needs.
-    """
+def model_of(schema: type[Any]) -> type[SectionModel]:
+    """Return the pydantic model of a dataclass."""
     hints = types_of(schema)
-    texts = descriptions(schema) if describe else {}
     definitions: dict[str, Any] = {}
-    if name is not None:
-        given = name if optional else ...
-        definitions["field_name"] = (Literal.__getitem__(name), ModelField(given, alias="name", title="name"))
     for index, (key, field) in enumerate(keys(schema).items()):
-        value = ... if required(field) else plain_value(default(field)) if describe else None
         # Numbered, so that keys such as `copy` or `json` do not meet pydantic's own attributes.
-        definitions[f"field_{index}"] = (
-            _annotation(hints[key], describe),
-            ModelField(value, alias=key, title=key, description=texts.get(key)),
-        )
+        value = ModelField(... if required(field) else None, alias=key)
+        definitions[f"field_{index}"] = (_annotation(hints[key]), value)
     model = create_model(schema.__name__, __base__=SectionModel, __module__=schema.__module__, **definitions)
-    model.__doc__ = inspect.cleandoc(schema.__doc__ or "")
     model.schema_class = schema
     return model
 
@@ -131,20 +114,20 @@ def adapter(hint: Any) -> TypeAdapter[Any]:
     """Return what checks a value against a model or a plain type."""
     if isinstance(hint, type) and issubclass(hint, SectionModel):
         return TypeAdapter(hint)
-    return TypeAdapter(_annotation(hint, False), config=ConfigDict(strict=True, allow_inf_nan=False))
+    return TypeAdapter(_annotation(hint), config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
-def _annotation(hint: Any, describe: bool) -> Any:
+def _annotation(hint: Any) -> Any:
     if isinstance(hint, type) and get_origin(hint) is None:
         if is_dataclass(hint):
-            return model_of(hint, describe=describe)
+            return model_of(hint)
         return Annotated[hint, Strict(False)] if issubclass(hint, (Path, Enum)) else hint
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return Annotated.__class_getitem__((_annotation(arguments[0], describe), *hint.__metadata__))
+        return Annotated.__class_getitem__((_annotation(arguments[0]), *hint.__metadata__))
     if origin in (None, Literal):
         return hint
-    inner = tuple(x if x is ... else _annotation(x, describe) for x in arguments)
+    inner = tuple(x if x is ... else _annotation(x) for x in arguments)
     if origin in (Union, types.UnionType):
         return Union[inner]  # noqa: UP007 - made at run time
     # YAML has lists only: a tuple or a set is made from one.

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from encdec_cli import atomic
 from encdec_cli.corpora.corpus import SPLITS, Corpus
@@ -14,43 +14,12 @@ from encdec_cli.data.prepared import FACTS, FORMAT, Prepared, text_name, tokeniz
 from encdec_cli.data.statistics import Statistics
 from encdec_cli.data.store import write_shards
 from encdec_cli.errors import DataError
+from encdec_cli.recipe import Text
 from encdec_cli.tasks.task import Task
 from encdec_cli.text.example import Example
 from encdec_cli.text.tokenizer import Tokenizer, TokenizerOptions, train_tokenizer
 
-__all__ = ["Prepared", "TextOptions", "is_current", "prepare"]
-
-
-class TextOptions(Protocol):
-    """What is asked for in a recipe's `text` section; lengths are in tokens with EOS."""
-
-    @property
-    def tokenizer(self) -> str:
-        """The kind of tokenizer."""
-
-    @property
-    def algorithm(self) -> str:
-        """How sentencepiece learns."""
-
-    @property
-    def vocabulary(self) -> int:
-        """Most tokens."""
-
-    @property
-    def shared(self) -> bool:
-        """Whether both sides share one tokenizer."""
-
-    @property
-    def max_source(self) -> int:
-        """Most tokens of a source."""
-
-    @property
-    def max_target(self) -> int:
-        """Most tokens of a target."""
-
-    @property
-    def too_long(self) -> str:
-        """What to do with more: `skip`, `truncate` or `stop`."""
+__all__ = ["Prepared", "is_current", "prepare"]
 
 
 def is_current(folder: Path, fingerprint: str) -> bool:
@@ -66,7 +35,7 @@ def is_current(folder: Path, fingerprint: str) -> bool:
 
 
 def prepare(
-    task: Task, corpus: Corpus, text: TextOptions, fingerprint: str, folder: Path, say: Callable[[str], None]
+    task: Task, corpus: Corpus, text: Text, fingerprint: str, folder: Path, say: Callable[[str], None]
 ) -> Prepared:
     """Read every split of a corpus, train the tokenizers, and commit `folder` in one step; then open it.
 
@@ -97,7 +66,7 @@ def prepare(
     return Prepared.open(folder)
 
 
-def _train_tokenizers(task: Task, corpus: Corpus, text: TextOptions) -> tuple[int, tuple[Tokenizer, Tokenizer]]:
+def _train_tokenizers(task: Task, corpus: Corpus, text: Text) -> tuple[int, tuple[Tokenizer, Tokenizer]]:
     """Return the number of training examples, and the tokenizers of source and target."""
     options = TokenizerOptions(text.vocabulary, text.algorithm, tuple(task.symbols()))
     statistics = Statistics("train")
@@ -153,7 +122,7 @@ class _Split:
         split: str,
         task: Task,
         corpus: Corpus,
-        text: TextOptions,
+        text: Text,
         tokenizers: tuple[Tokenizer, Tokenizer],
     ) -> None:
         self.split, self.task, self.corpus, self.text, self.tokenizers = split, task, corpus, text, tokenizers
@@ -164,11 +133,10 @@ class _Split:
         """Write the shards; of a held-out split also the text, every example of it, whatever its length."""
         sides = tokenizer_sides(*self.tokenizers)
         if self.split == "train":
-            written = write_shards(folder, self.split, self._encoded(None), sides)
+            self.sha256 = write_shards(folder, self.split, self._encoded(None), sides)
         else:
             with (folder / text_name(self.split)).open("wb") as file:
-                written = write_shards(folder, self.split, self._encoded(file), sides)
-        self.sha256 = written.sha256
+                self.sha256 = write_shards(folder, self.split, self._encoded(file), sides)
 
     def _encoded(self, file: BinaryIO | None) -> Iterator[tuple[list[int], list[int]]]:
         encode_source, encode_target = (tokenizer.encode for tokenizer in self.tokenizers)
@@ -234,7 +202,7 @@ def _tokenizer_files(tokenizers: Sequence[Tokenizer]) -> dict[str, bytes]:
 
 
 def _facts(
-    text: TextOptions, fingerprint: str, tokenizers: Sequence[Tokenizer], splits: dict[str, _Split], notes: list[str]
+    text: Text, fingerprint: str, tokenizers: Sequence[Tokenizer], splits: dict[str, _Split], notes: list[str]
 ) -> dict[str, Any]:
     # Only what weights depend on: a test set that is added later must not change the order of training.
     order = hashlib.sha256(splits["train"].sha256.encode())

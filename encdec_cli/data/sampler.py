@@ -8,7 +8,7 @@ numpy's generators may change with its version.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -41,17 +41,6 @@ def splitmix64(state: int, count: int) -> Keys:
     numbers *= np.array(0x94D049BB133111EB, np.uint64)
     numbers ^= numbers >> np.array(31, np.uint64)
     return numbers
-
-
-def order_hash(batches: Iterable[npt.NDArray[np.integer]], start: str = "") -> str:
-    """Return a hash of batches of example numbers in their order.
-
-    It is a chain, so `order_hash(later, start=order_hash(earlier))` equals `order_hash([*earlier, *later])`:
-    a checkpoint keeps the hash so far.
-    """
-    for batch in batches:
-        start = hashlib.sha256(start.encode() + batch.astype("<i8").tobytes()).hexdigest()
-    return start
 
 
 class Sampler:
@@ -168,10 +157,6 @@ class Sampler:
         """Return epoch and position of the first micro-batch of the update after `step` updates."""
         return divmod(step * accumulate * world, len(self))
 
-    def epoch(self, step: int, accumulate: int = 1, world: int = 1) -> float:
-        """Return how many times the examples have been seen after `step` updates, such as 1.25."""
-        return step * accumulate * world / len(self)
-
     def updates(self, step: int = 0, accumulate: int = 1, rank: int = 0, world: int = 1) -> Iterator[list[Ints]]:
         """Yield the micro-batches of update after update, without end, after the first `step` updates.
 
@@ -183,13 +168,3 @@ class Sampler:
             numbers = range(first, first + accumulate * world, world)
             yield [self.batch(*divmod(number, len(self))) for number in numbers]
             step += 1
-
-    def padding_share(self) -> tuple[float, float]:
-        """Return the share of padding in all source and in all target positions of an epoch (each has the same)."""
-        examples = np.concatenate(self._windows)
-        rows = np.diff(self._cuts)
-        shares = []
-        for lengths in (self._source[examples] + _EOS, self._target[examples] + _EOS):
-            positions = int((np.maximum.reduceat(lengths, self._cuts[:-1]) * rows).sum())
-            shares.append(1 - int(lengths.sum()) / positions)
-        return shares[0], shares[1]

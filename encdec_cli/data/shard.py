@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +76,13 @@ def read_shard(path: Path, split: str) -> Shard:
     """Map one shard of a split. Raises BundleError that names the file and what is wrong with it."""
     try:
         with path.open("rb") as file:
-            size = path.stat().st_size
-            header, start = _header(path, file, size)
+            header, start = read_header(file)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise BundleError(f"{path}: cannot be mapped into memory ({error}).") from error
-    entries = _entries(path, header, size - start)
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    entries = _entries(path, header, len(mapped) - start)
     views = {name: _view(mapped, entry, start) for name, entry in entries.items()}
     sides = _metadata(path, header, split, len(views["source.offsets"]) - 1)
     for name in SIDES:
@@ -96,26 +98,28 @@ def _damaged(path: Path, what: str) -> BundleError:
     return BundleError(f"{path}: {what}; the shard is damaged, or not one of ours.")
 
 
-def _header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
+def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
+    """Return the header of a safetensors file and where its data begin.
+
+    Raises ValueError or RecursionError if it is damaged, or larger than any of ours.
+    """
+    size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
-        raise _damaged(path, f"the file has {size} bytes, less than its header needs ({8 + length})")
+        raise ValueError(f"the file has {size} bytes, less than its header needs ({8 + length})")
     if length > _HEADER_LIMIT:
-        raise _damaged(path, f"a header of {length} bytes is larger than the allowed {_HEADER_LIMIT}")
-    try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"the header is not valid JSON ({error})") from error
+        raise ValueError(f"a header of {length} bytes is larger than the allowed {_HEADER_LIMIT}")
+    header = json.loads(file.read(length), object_pairs_hook=_unique)
     if not isinstance(header, dict):
-        raise _damaged(path, "the header is not a JSON object")
+        raise ValueError("the header is not a JSON object")
     return header, 8 + length
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key stands twice in the header")
     return found
 
 

@@ -29,25 +29,16 @@ class Ragged:
     """The number of tokens of each sequence; their sum is the number of tokens."""
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write_shards` wrote."""
-
-    count: int
-    source_tokens: int
-    target_tokens: int
-    sha256: str
-    """Of lengths and tokens of both sides in order; the same however the examples are cut into shards."""
-
-
 def write_shards(
     folder: Path,
     split: str,
     pairs: Iterable[tuple[Sequence[int], Sequence[int]]],
     sides: tuple[Side, Side],
     shard_size: int = 1_000_000,
-) -> Written:
+) -> str:
     """Write `{split}-00000.safetensors` and so on into a folder that `atomic.new_folder` is filling.
+
+    Returns a SHA-256 of lengths and tokens of both sides in order: the same however the examples are cut into shards.
 
     Args:
         pairs: source and target ids (no BOS, no EOS); consumed as a stream, one shard in memory at a time.
@@ -67,7 +58,6 @@ class _Writer:
         self._folder, self._split, self._sides = folder, split, sides
         self._shards = 0
         self._count = 0
-        self._totals = [0, 0]
         self._digests = [hashlib.sha256() for _ in range(4)]
         self._empty()
 
@@ -95,7 +85,6 @@ class _Writer:
             tokens = np.frombuffer(self._ids[number], dtype=f"u{self._ids[number].itemsize}")
             offsets = np.frombuffer(self._offsets[number], dtype=np.int64)
             tensors[f"{name}.tokens"], tensors[f"{name}.offsets"] = tokens, offsets
-            self._totals[number] += len(tokens)
             # Of fixed widths, so that neither the cut into shards nor the width on disk changes the hash.
             self._digests[2 * number].update(np.diff(offsets).astype("<i8").data)
             self._digests[2 * number + 1].update(tokens.astype("<u4").data)
@@ -107,13 +96,13 @@ class _Writer:
         self._count += self.examples
         self._empty()
 
-    def finish(self) -> Written:
+    def finish(self) -> str:
         if self.examples:
             self.flush()
         total = hashlib.sha256(str(self._count).encode())
         for digest in self._digests:
             total.update(digest.digest())
-        return Written(self._count, self._totals[0], self._totals[1], total.hexdigest())
+        return total.hexdigest()
 
 
 def _typecode(vocabulary: int) -> str:
@@ -121,7 +110,7 @@ def _typecode(vocabulary: int) -> str:
 
 
 class Store:
-    """The examples of one split, by number: `source(i)`, `target(i)`, or many at once by `gather`.
+    """The examples of one split, by number.
 
     Attributes:
         source_lengths: tokens of every source (no EOS), int32 `[examples]`, in memory.
@@ -155,22 +144,6 @@ class Store:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    def source(self, index: int) -> Ids:
-        """Return the source ids of one example, a view `[source length]`."""
-        return self._one(index, 0)
-
-    def target(self, index: int) -> Ids:
-        """Return the target ids of one example, a view `[target length]`."""
-        return self._one(index, 1)
-
-    def _one(self, index: int, side: int) -> Ids:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
-        number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        shard, row = self._shards[number], index - int(self._starts[number])
-        begin, end = shard.offsets[side][row : row + 2]
-        return shard.tokens[side][begin:end]
 
     def gather(self, indices: npt.ArrayLike) -> tuple[Ragged, Ragged]:
         """Return the sources and the targets of many examples, in the order asked for, without a loop over them."""

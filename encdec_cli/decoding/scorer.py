@@ -114,14 +114,11 @@ class Scores:
         """Return a new [rows, vocab] float32; banned tokens are -inf."""
         return self._logits.float() - self._normaliser[:, None]
 
-    def top(self, k: int, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return the k best log-probabilities and their tokens, both [rows, k]: equal scores, lowest token first.
 
-        banned: tokens that are no candidates from now on. k is cut to the size of the vocabulary.
+        k is cut to the size of the vocabulary.
         """
-        for token in banned:
-            self._logits[:, token] = -torch.inf
-        self._refresh(banned)
         best = self.best(k, self._normaliser.new_zeros(self.shape[0], 1))
         return best.totals, best.tokens
 

@@ -14,6 +14,8 @@ from encdec_cli.decoding.scorer import Scores, normalise
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import BOS, PAD, UNK
 
+NEVER_WRITTEN = (PAD, BOS, UNK)
+
 
 class Stepper:
     """One model, or an ensemble (the mean of the models' probabilities), over one batch of sentences.
@@ -23,7 +25,6 @@ class Stepper:
         source: [sentences, src_len] ids.
         mask: [sentences, src_len]; True where there is a token.
         beam: rows for each sentence; the rows of a sentence stand together.
-        banned: tokens that are never candidates.
     """
 
     @torch.inference_mode()
@@ -33,7 +34,6 @@ class Stepper:
         source: Tensor,
         mask: Tensor,
         beam: int = 1,
-        banned: Sequence[int] = (PAD, BOS, UNK),
     ) -> None:
         if not models:
             raise ValueError("a Stepper needs at least one model")
@@ -43,17 +43,8 @@ class Stepper:
         """Rows that `step` expects now."""
         self.beam = beam
         self.device = source.device
-        self._banned = tuple(banned)
         self._source, self._mask = source, mask
-        self._vocab: int | None = None
         self._members = [(model, model.start(model.encode(source, mask), beam)) for model in models]
-
-    @property
-    def vocab(self) -> int:
-        """The size of the target vocabulary, known after the first step."""
-        if self._vocab is None:
-            raise RuntimeError("the size of the vocabulary is known after the first step")
-        return self._vocab
 
     @cached_property
     def keys(self) -> list[int]:
@@ -68,11 +59,8 @@ class Stepper:
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
         if len(self._members) == 1:
-            scores = Scores(self._logits(0, tokens), self._banned)
-        else:
-            scores = Scores(self._mean(tokens), self._banned, normalised=True)
-        self._vocab = scores.shape[1]
-        return scores
+            return Scores(self._logits(0, tokens), NEVER_WRITTEN)
+        return Scores(self._mean(tokens), NEVER_WRITTEN, normalised=True)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
@@ -90,15 +78,16 @@ class Stepper:
 
     def _mean(self, tokens: Tensor) -> Tensor:
         """Return log-probabilities [rows, vocab] of the mean of all models' probabilities."""
-        mean: Tensor | None = None
-        for member in range(len(self._members)):
-            logits = self._logits(member, tokens)
-            log_probs = logits.float() - normalise(logits)[0][:, None]
-            if mean is not None and mean.shape != log_probs.shape:
+        mean = self._log_probs(0, tokens)
+        for member in range(1, len(self._members)):
+            log_probs = self._log_probs(member, tokens)
+            if mean.shape != log_probs.shape:
                 raise ValueError(
                     f"an ensemble needs one target vocabulary, found sizes {mean.shape[1]} and {log_probs.shape[1]}"
                 )
-            mean = log_probs if mean is None else torch.logaddexp(mean, log_probs)
-        if mean is None:
-            raise ValueError("a Stepper needs at least one model")
+            mean = torch.logaddexp(mean, log_probs)
         return mean - math.log(len(self._members))
+
+    def _log_probs(self, member: int, tokens: Tensor) -> Tensor:
+        logits = self._logits(member, tokens)
+        return logits.float() - normalise(logits)[0][:, None]

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from encdec_cli.errors import UsageError
-from encdec_cli.evaluation.metrics import FloatArray, Metric, Setting, check_lengths, score
+from encdec_cli.evaluation.metrics import FloatArray, Metric, Setting, score
 from encdec_cli.evaluation.significance import Interval, Resampling, interval, paired_p_values, resampled_scores
 
 _FEW = 5
@@ -17,7 +17,7 @@ _FEW = 5
 
 @dataclass(kw_only=True)
 class Outputs:
-    """What is evaluated; all sequences run over the same segments."""
+    """What is evaluated; all sequences run over the same segments, at least one (see `check_lengths`)."""
 
     references: Sequence[Sequence[str]]
     """One sequence of lines for each reference stream."""
@@ -27,16 +27,6 @@ class Outputs:
     """The lines of another system, for the paired test."""
     likelihoods: tuple[FloatArray, FloatArray] | None = None
     """Natural log-probability [segments] of each first reference under the model, and its tokens with EOS."""
-
-    def check(self) -> None:
-        """Raise DataError if a text is empty or texts differ in their number of lines."""
-        texts = [(f"reference {number}", lines) for number, lines in enumerate(self.references, 1)]
-        if self.hypotheses is not None:
-            texts.insert(0, ("the output", self.hypotheses))
-        if self.baseline is not None:
-            texts.append(("the baseline", self.baseline))
-        for name, lines in texts:
-            check_lengths(*texts[0], name, lines)
 
 
 @dataclass(kw_only=True)
@@ -60,17 +50,17 @@ class Score:
     signature: str = ""
     explanation: str = ""
 
-    def line(self, digits: int = 2) -> str:
+    def line(self) -> str:
         """Return the score as one line: name, value, interval, baseline, p-value, signature."""
-        parts = [f"{self.name} = {self.value:.{digits}f}", *_span(self.low, self.high, digits)]
+        parts = [f"{self.name} = {self.value:.2f}", *_span(self.low, self.high)]
         if self.baseline is not None:
-            parts += [f"(baseline {self.baseline:.{digits}f}", *_span(self.baseline_low, self.baseline_high, digits)]
+            parts += [f"(baseline {self.baseline:.2f}", *_span(self.baseline_low, self.baseline_high)]
             parts[-1] += ")" if self.p_value is None else f", p = {self.p_value:.4f})"
         return " ".join([*parts, self.signature])
 
 
-def _span(low: float | None, high: float | None, digits: int) -> list[str]:
-    return [] if low is None or high is None else [f"[{low:.{digits}f}, {high:.{digits}f}]"]
+def _span(low: float | None, high: float | None) -> list[str]:
+    return [] if low is None or high is None else [f"[{low:.2f}, {high:.2f}]"]
 
 
 @dataclass(kw_only=True)
@@ -91,13 +81,13 @@ class Report:
             "warnings": self.warnings,
         }
 
-    def lines(self, digits: int = 2) -> list[str]:
+    def lines(self) -> list[str]:
         """Return one line for each number, with interval and signature."""
-        return [entry.line(digits) for entry in self.scores]
+        return [entry.line() for entry in self.scores]
 
-    def score_lines(self, digits: int = 2) -> list[str]:
+    def score_lines(self) -> list[str]:
         """Return the numbers alone, one a line."""
-        return [f"{entry.value:.{digits}f}" for entry in self.scores]
+        return [f"{entry.value:.2f}" for entry in self.scores]
 
 
 def _finite(value: Any) -> Any:
@@ -107,13 +97,8 @@ def _finite(value: Any) -> Any:
 def evaluate(metrics: Sequence[Metric], outputs: Outputs, resampling: Resampling) -> Report:
     """Compute all metrics, their intervals, and with a baseline their paired tests.
 
-    Raises:
-        DataError: a text is empty, or texts differ in their number of lines.
-        UsageError: a metric lacks what it needs.
+    Raises UsageError if a metric lacks what it needs.
     """
-    if not outputs.references:
-        raise UsageError("there is no reference to evaluate against; give at least one.")
-    outputs.check()
     report = Report(segments=len(outputs.references[0]), references=len(outputs.references), scores=[])
     for metric in metrics:
         report.scores += _scores(metric, outputs, resampling)

@@ -39,8 +39,8 @@ class Task:
         return example.target or ""
 
     def write(self, example: Example, text: str) -> str:
-        """Turn the model's text into the line for stdout: one line, whatever the model wrote."""
-        return text.replace("\n", " ")
+        """Turn the model's text into the line for stdout; line breaks in it become spaces afterwards."""
+        return text
 
     def symbols(self) -> tuple[str, ...]:
         """Return the strings, such as language tags, for which tokenizers keep one token each."""

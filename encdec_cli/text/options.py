@@ -4,41 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from encdec_cli.errors import UsageError
 from encdec_cli.text.vocabulary import SPECIAL
 
+MAX_LINES = 1_000_000
+"""Most lines that a tokenizer is trained on, evenly spread over the corpus."""
+
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """How to train a tokenizer; word and character tokenizers use `size`, `symbols` and `max_lines` alone."""
+    """How to train a tokenizer."""
 
     size: int = 8000
     """Most tokens in the vocabulary, special tokens, symbols and (sentencepiece) 256 bytes included."""
-    algorithm: str = "unigram"
-    """Of sentencepiece: `unigram` or `bpe`."""
+    algorithm: Literal["unigram", "bpe"] = "unigram"
+    """Of sentencepiece alone."""
     symbols: tuple[str, ...] = ()
     """Strings that are always one token of their own, such as `<turn>`; without white space."""
-    coverage: float = 0.9995
-    """Of sentencepiece: share of the characters that get a token; the rest is spelled in bytes."""
-    split_digits: bool = True
-    """Of sentencepiece: every digit is a token of its own, so that numbers can be copied digit by digit."""
-    max_lines: int = 1_000_000
-    """Train on at most this many lines, evenly spread over the corpus."""
 
     def __post_init__(self) -> None:
-        if self.algorithm not in ("unigram", "bpe"):
-            raise UsageError(f"text.algorithm: no '{self.algorithm}' among unigram, bpe.")
         if self.size <= len(SPECIAL) + len(self.symbols):
             raise UsageError(f"text.vocabulary: {self.size} leaves no room for a token; use some hundreds or more.")
-        if self.max_lines < 1:
-            raise UsageError(f"max_lines: {self.max_lines} must be at least 1.")
         for symbol in self.symbols:
             if not symbol or symbol in SPECIAL or any(character.isspace() for character in symbol):
                 raise UsageError(f"symbol {symbol!r}: must be text without white space and none of {SPECIAL}.")
 
 
-def evenly(lines: Iterable[str], limit: int) -> list[str]:
+def evenly(lines: Iterable[str], limit: int = MAX_LINES) -> list[str]:
     """Return all lines, or if there are more than `limit`, every 2nd, 4th, 8th … of them: at most `limit`.
 
     One pass, memory for `limit` lines, and the same lines every time.

@@ -18,6 +18,8 @@ _SPACE = "\u2581"
 _THREADS = 4
 # SentencePiece leaves out lines over a number of bytes; ours are cut, at most 4 bytes a character.
 _PIECE_OF_LINE = 4000
+# The share of the characters that get a piece; the rest is spelled in bytes.
+_COVERAGE = 0.9995
 _FATAL_ONLY = 3
 
 
@@ -48,7 +50,7 @@ class SentencePiece:
     def train(cls, lines: Iterable[str], options: TokenizerOptions) -> SentencePiece:
         """Learn pieces from lines. Raises UsageError if `options.size` is too small, DataError without text."""
         content = io.BytesIO()
-        chosen = list(_training_text(lines, options.max_lines))
+        chosen = list(_training_text(lines))
         if not chosen:
             raise DataError("tokenizer: there is no text to train it on; check the training files.")
         try:
@@ -57,8 +59,8 @@ class SentencePiece:
                 model_writer=content,
                 model_type=options.algorithm,
                 vocab_size=options.size,
-                character_coverage=options.coverage,
-                split_digits=options.split_digits,
+                character_coverage=_COVERAGE,
+                split_digits=True,  # so that numbers can be copied digit by digit
                 user_defined_symbols=list(options.symbols),
                 pad_id=PAD,
                 unk_id=UNK,
@@ -97,9 +99,9 @@ class SentencePiece:
         return text
 
 
-def _training_text(lines: Iterable[str], limit: int) -> Iterator[str]:
+def _training_text(lines: Iterable[str]) -> Iterator[str]:
     # SentencePiece leaves out lines with a tab or NUL; it need not see either, it has their bytes.
-    for line in evenly((line for line in lines if line.strip()), limit):
+    for line in evenly(line for line in lines if line.strip()):
         clean = without_surrogates(line).replace("\t", " ").replace("\0", "")
         for start in range(0, len(clean), _PIECE_OF_LINE):
             yield clean[start : start + _PIECE_OF_LINE]

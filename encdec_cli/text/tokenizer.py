@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from encdec_cli.errors import BundleError, UsageError
-from encdec_cli.registry import nearest
+from encdec_cli.errors import BundleError
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.subword import SentencePiece
 from encdec_cli.text.units import Character, Word
@@ -56,12 +55,8 @@ KINDS: dict[str, type[SentencePiece] | type[Word] | type[Character]] = {
 def train_tokenizer(kind: str, lines: Iterable[str], options: TokenizerOptions) -> Tokenizer:
     """Train a tokenizer on lines. The same lines and options give the same bytes.
 
-    Raises:
-        UsageError: for an unknown kind, or a vocabulary too small for the characters of the corpus.
-        DataError: if the lines hold no text.
+    Raises UsageError for a vocabulary too small for the characters of the corpus, DataError if there is no text.
     """
-    if kind not in KINDS:
-        raise UsageError(f"text.tokenizer: no '{kind}' among {', '.join(KINDS)}{nearest(kind, list(KINDS))}.")
     return KINDS[kind].train(lines, options)
 
 

@@ -38,7 +38,7 @@ class Units:
         """Learn the most frequent units, in alphabetical order where equally frequent. DataError without text."""
         cutter = cls(Vocabulary(SPECIAL), options.symbols)
         counts: Counter[str] = Counter()
-        for line in evenly(lines, options.max_lines):
+        for line in evenly(lines):
             counts.update(cutter.units(without_surrogates(line)))
         for token in (*SPECIAL, *options.symbols):
             counts.pop(token, None)

@@ -46,23 +46,8 @@ class Vocabulary:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 of `to_json()`: equal for equal tokens in equal order."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """Return the tokens as a JSON array."""
-        return json.dumps(self.tokens, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Vocabulary:
-        """Return the vocabulary that `to_json` wrote. Raises BundleError if it is something else."""
-        try:
-            tokens = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"vocabulary: not valid JSON ({error}).") from error
-        if not (isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)):
-            raise BundleError("vocabulary: expected a JSON array of strings.")
-        return cls(tuple(tokens))
+        """Of the tokens as a JSON array: equal for equal tokens in equal order."""
+        return hashlib.sha256(json.dumps(self.tokens, ensure_ascii=False).encode()).hexdigest()
 
 
 def with_special(tokens: Sequence[str]) -> tuple[str, ...]:

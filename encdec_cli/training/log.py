@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from encdec_cli import atomic
-from encdec_cli.errors import BundleError
 
 CLOCK = "clock"
 """The field that holds all that depends on time and machine; it stands last in its line."""
@@ -61,31 +60,6 @@ class Log:
             os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of all finished lines. Raises BundleError naming file and line if one is damaged."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise BundleError(f"{path}: {error.strerror or error}.") from error
-    return [_parse(path, number, line) for number, line in enumerate(content.split(b"\n")[:-1], 1)]
-
-
-def summary(line: Mapping[str, Any]) -> str:
-    """Return a line of the log as one line of text: `train  step 100  loss 3.21  tokens per second 4210`."""
-    fields = {name: value for name, value in line.items() if name not in ("event", CLOCK)} | line[CLOCK]
-    return "  ".join([line["event"], *(f"{name.replace('_', ' ')} {_short(value)}" for name, value in fields.items())])
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise BundleError(f"{path}:{number}: not JSON ({error}); the log is damaged.") from error
-    if not isinstance(value, dict):
-        raise BundleError(f"{path}:{number}: expected a JSON object; the log is damaged.")
-    return value
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -94,7 +68,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -75,7 +75,8 @@ def prepared(folder: Path) -> Pairs:
         raise SystemExit(f"{folder}: no training examples; give the folder that `encdec preprocess` made.")
     count = min(len(store), 50_000)
     vocab = max(side.size for side in store.sides)
-    return Pairs([store.source(i) for i in range(count)], [store.target(i) for i in range(count)], vocab)
+    sources, targets = (np.split(side.tokens, side.lengths.cumsum()[:-1]) for side in store.gather(range(count)))
+    return Pairs(sources, targets, vocab)
 
 
 def batches_of(pairs: Pairs, tokens: int, count: int) -> list[tuple[Tensor, Tensor]]:

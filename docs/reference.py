@@ -1,8 +1,7 @@
-"""Writes the reference pages from the code itself: `python -m encdec_cli.cli.reference docs/commands`."""
+"""Writes docs/commands, docs/recipe.md and docs/exit-codes.md from the code itself: `python docs/reference.py`."""
 
 from __future__ import annotations
 
-import sys
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,16 @@ from encdec_cli.cli import application
 from encdec_cli.config.schema import descriptions
 from encdec_cli.errors import ExitCode
 
-_NOTE = "<!-- Written by `python -m encdec_cli.cli.reference docs/commands`; do not edit. -->\n\n"
+_NOTE = "<!-- Written by `python docs/reference.py`; do not edit. -->\n\n"
 
 
 def pages() -> dict[str, str]:
-    """Return the text of every generated page by its path beside or below the folder of the commands' pages."""
+    """Return the text of every generated page by its path below docs/."""
     group: Any = typer.main.get_command(application())
-    result = {f"{name}.md": _command(name, command) for name, command in group.commands.items()}
+    result = {f"commands/{name}.md": _command(name, command) for name, command in group.commands.items()}
     intro = "# Every key of a recipe\n\nWith its default. `encdec train --explain` writes the same.\n\n"
-    result["../recipe.md"] = f"{_NOTE}{intro}```yaml\n{recipe.explain()}```\n"
-    result["../exit-codes.md"] = _exit_codes()
+    result["recipe.md"] = f"{_NOTE}{intro}```yaml\n{recipe.explain()}```\n"
+    result["exit-codes.md"] = _exit_codes()
     return result
 
 
@@ -83,13 +82,6 @@ def _exit_codes() -> str:
     return _NOTE + "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write the pages below the folder that the command line names."""
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/commands")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pages().items():
-        atomic.write_file(folder / name, text.encode())
-
-
 if __name__ == "__main__":
-    main()
+    for name, text in pages().items():
+        atomic.write_file(Path(__file__).parent / name, text.encode())
