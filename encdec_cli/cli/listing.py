@@ -20,7 +20,8 @@ def list_components(
 ) -> None:
     """List every corpus, model, task, strategy, metric and export target, and from where it comes.
 
-    A component or a plugin that does not load is listed with the reason. If it is a plugin file that --plugin or
+    A component or a plugin that does not load is listed with the reason, one whose extra is missing with the command
+    that installs it. If it is a plugin file that --plugin or
     ENCDEC_PLUGINS names, the exit code is 2.
     """
     from encdec_cli.errors import UsageError
@@ -59,7 +60,8 @@ def _show_table(plugins: Sequence[Origin]) -> None:
 
 
 def _row(kind: str, origin: Origin) -> list[str]:
-    return [kind, origin.name, origin.source, f"broken: {origin.error}" if origin.error else "ok"]
+    status = f"broken: {origin.error}" if origin.error else "ok"
+    return [kind, origin.name, origin.source, f"extra missing: {origin.needs}" if origin.needs else status]
 
 
 def _show_json(plugins: Sequence[Origin]) -> None:
