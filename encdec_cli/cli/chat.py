@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, StrategyOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -17,25 +18,13 @@ _RESET = "/new"
 
 
 def chat(
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", metavar="PATH", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]"
-        ),
-    ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--strategy", metavar="NAME,KEY=VALUE,…", help="How to search, such as sampling,temperature=0.8,seed=1."
-        ),
-    ] = None,
+    model: ModelOption = None,
+    strategy: StrategyOption = None,
     beam: Annotated[
         int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each answer.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")] = "cpu",
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Talk with a dialogue model; it remembers the turns, and says so when old ones no longer fit.
 

@@ -7,11 +7,14 @@ import os
 import select
 import stat
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -42,9 +45,7 @@ def evaluate(
     ] = None,
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            "--metric", metavar="NAME,KEY=VALUE,…", help="What to compute, such as bleu,tokenize=zh; repeat for more."
-        ),
+        typer.Option("--metric", metavar="NAME,KEY=VALUE,…", help="Such as bleu,tokenize=zh; repeat for more."),
     ] = None,
     reference: Annotated[
         list[Path] | None,
@@ -58,55 +59,48 @@ def evaluate(
     source: Annotated[
         Path | None, typer.Option("--source", metavar="FILE", help="What the model reads, if it writes the hypotheses.")
     ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", metavar="PATH", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]"
-        ),
-    ] = None,
+    model: ModelOption = None,
     test: Annotated[
         Test, typer.Option("--test", metavar="|".join(Test), help="The paired test against the baseline.")
     ] = Test.randomization,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="The numbers alone, one a line.")] = False,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")] = "cpu",
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Score hypotheses against references, with 95 % bootstrap intervals and the signature of each number.
 
     Hypotheses come from FILE or a pipe; on a terminal (or with stdin from /dev/null) the model writes them. A
     baseline adds the paired significance test.
     """
-    from encdec_cli.cli import console
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
     from encdec_cli.evaluation.significance import Resampling
+    from encdec_cli.registry import load_plugins
 
     if as_json and score_only:
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
-    plugins, names, references = list(plugin or ()), list(metric or ()), list(reference or ())
+    load_plugins(plugin or ())
+    chosen = _metrics(metric or ())
     lines = read_hypotheses(file)
     bundle = None
-    if lines is None or not references or _need_model(names, plugins):
-        bundle = _bundle(model, device, plugins)
-    elif unused := [flag for flag, value in (("--model", model), ("--source", source)) if value]:
-        console.warn(
-            f"{' and '.join(unused)} not used: hypotheses and references are given, and no metric asks a model"
-        )
-    chosen = _metrics(names or _usual_metrics(bundle))
-    outputs = _outputs(lines, references, baseline, bundle, source)
+    if lines is None or not reference or any(each.needs_model for each in chosen):
+        bundle = _bundle(model, device, plugin or ())
+    else:
+        _tell_unused(model, source)
+    chosen = chosen or _metrics(_usual_metrics(bundle))
+    outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen)
     resamples = 0 if score_only and baseline is None else 1000
-    report = judge(chosen, outputs, Resampling(test=test.value, resamples=resamples))
-    for warning in report.warnings:
-        console.warn(warning)
-    _print(report, as_json, score_only)
+    _print(judge(chosen, outputs, Resampling(test=test.value, resamples=resamples)), as_json, score_only)
 
 
 def _print(report: Report, as_json: bool, score_only: bool) -> None:
+    from encdec_cli.cli import console
+
+    for warning in report.warnings:
+        console.warn(warning)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
@@ -162,21 +156,22 @@ def _tell_if_waiting() -> None:
         )
 
 
-def _need_model(names: list[str], plugins: list[Path]) -> bool:
-    from encdec_cli.registry import load_plugins, metrics
+def _tell_unused(model: Path | None, source: Path | None) -> None:
+    from encdec_cli.cli import console
 
-    load_plugins(plugins)
-    kinds = [name.partition(",")[0] for name in names]
-    return any(metrics.get(kind).needs_model for kind in kinds if kind in metrics.names())
+    unused = [flag for flag, value in (("--model", model), ("--source", source)) if value]
+    if unused:
+        told = "hypotheses and references are given, and no metric asks a model"
+        console.warn(f"{' and '.join(unused)} not used: {told}")
 
 
-def _bundle(model: Path | None, device: str, plugins: list[Path]) -> Bundle:
+def _bundle(model: Path | None, device: str, plugins: Sequence[Path]) -> Bundle:
     from encdec_cli.cli.models import load_bundles
 
     return load_bundles([model] if model else [], device, plugins)[0]
 
 
-def _metrics(names: list[str]) -> list[Metric]:
+def _metrics(names: Sequence[str]) -> list[Metric]:
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import ModelOption, PluginOption
+
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.export import Agreement, Exporter
@@ -23,12 +25,7 @@ def export(
     to: Annotated[
         str, typer.Option("--to", metavar="TARGET", help="The target, such as ctranslate2.", show_default=False)
     ],
-    model: Annotated[
-        Path | None,
-        typer.Option(
-            "--model", "-m", metavar="PATH", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]"
-        ),
-    ] = None,
+    model: ModelOption = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -52,9 +49,7 @@ def export(
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Write the model in another program's format, and print the folder.
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from encdec_cli.cli.options import DeviceOption, PluginOption, StrategyOption
+
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.hypothesis import Strategy
@@ -46,28 +48,21 @@ def generate(
     beam: Annotated[
         int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each line.")
     ] = None,
-    strategy: Annotated[
-        str | None,
-        typer.Option(
-            "--strategy", metavar="NAME,KEY=VALUE,…", help="How to search, such as sampling,temperature=0.8,seed=1."
-        ),
-    ] = None,
+    strategy: StrategyOption = None,
     n_best: Annotated[int, typer.Option("--n-best", metavar="N", min=1, help="Outputs a line, separated by TAB.")] = 1,
     scores: Annotated[bool, typer.Option("--scores", help="Put the score and a TAB before each output.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
     ] = False,
     batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")] = 64,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: DeviceOption = "cpu",
     precision: Annotated[
         Precision,
         typer.Option(
             "--precision", metavar="|".join(Precision), help="bf16 is faster where the machine multiplies it fast."
         ),
     ] = Precision.fp32,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Write the model's output for each line: one line out per line in, in order, as batches finish.
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import PluginOption
+
 if TYPE_CHECKING:
     from encdec_cli.registry import Origin
 
 
 def list_components(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """List every corpus, model, task, strategy, metric and export target, and from where it comes.
 

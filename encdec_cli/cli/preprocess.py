@@ -7,21 +7,14 @@ from typing import Annotated
 
 import typer
 
+from encdec_cli.cli.options import OverridesArgument, PluginOption, RunOption
+
 
 def preprocess(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)],
-    overrides: Annotated[
-        # Hidden, since the help would show its Python type; the text above tells of it.
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to change.", hidden=True),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the run. [default: runs/<recipe name>]"),
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    overrides: OverridesArgument = None,
+    output: RunOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Read the corpus, train the tokenizer and write the shards that `encdec train` uses.
 

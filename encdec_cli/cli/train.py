@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import DeviceOption, OverridesArgument, PluginOption, RunOption
+
 if TYPE_CHECKING:
     from encdec_cli.recipe import Recipe
     from encdec_cli.training.trainer import Trainer
@@ -16,27 +18,18 @@ def train(
     recipe: Annotated[
         Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
     ] = None,
-    overrides: Annotated[
-        # Hidden, since the help would show its Python type; the text above tells of it.
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to change.", hidden=True),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the run. [default: runs/<recipe name>]"),
-    ] = None,
+    overrides: OverridesArgument = None,
+    output: RunOption = None,
     init_from: Annotated[
         Path | None, typer.Option("--init-from", metavar="PATH", help="Start from the weights of this bundle or run.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: DeviceOption = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="Print every key of a recipe with its meaning.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check the recipe, prepare the data, try the largest batch; train nothing."),
     ] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Train a model: prepare the data if need be, learn, validate, keep the best.
 
