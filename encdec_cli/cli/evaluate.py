@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.evaluation.metrics import Metric
     from encdec_cli.evaluation.report import Outputs, Report
+    from encdec_cli.evaluation.significance import Resampling
     from encdec_cli.text.example import Example
 
 
@@ -75,25 +76,30 @@ def evaluate(
     """
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
-    from encdec_cli.evaluation.significance import Resampling
     from encdec_cli.registry import load_plugins
 
     if as_json and score_only:
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
-    load_plugins(plugin or ())
+    plugins = plugin or []
+    load_plugins(plugins)
     chosen = _metrics(metric or ())
     lines = read_hypotheses(file)
     bundle = None
     if lines is None or not reference or any(each.needs_model for each in chosen):
-        bundle = _bundle(model, device, plugin or ())
+        bundle = _bundle(model, device, plugins)
     else:
         _tell_unused(model, source)
     chosen = chosen or _metrics(_usual_metrics(bundle))
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen)
-    resamples = 0 if score_only and baseline is None else 1000
-    _print(judge(chosen, outputs, Resampling(test=test.value, resamples=resamples)), as_json, score_only)
+    _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
+
+
+def _resampling(test: Test, score_only: bool, baseline: Path | None) -> Resampling:
+    from encdec_cli.evaluation.significance import Resampling
+
+    return Resampling(test=test.value, resamples=0 if score_only and baseline is None else 1000)
 
 
 def _print(report: Report, as_json: bool, score_only: bool) -> None:
