@@ -204,6 +204,16 @@ def test_a_full_disk_on_stdout(copy_run):
     assert errors.count(b"\n") == 1
 
 
+def test_closed_streams_are_no_failures_of_ours(copy_run):
+    command = f"{sys.executable} -m encdec_cli generate --model {copy_run}"
+    for closing, code, said in ((">&- < /dev/null", 0, b""), ("<&-", 4, b"encdec: error: stdin is closed; ")):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {closing}"], env=environment(), capture_output=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, b"")
+        assert done.stderr.startswith(said)
+
+
 def test_ctrl_c_leaves_with_130(copy_run):
     process = start("generate", "--model", copy_run)
     process.stdin.write(b"1 2\n")

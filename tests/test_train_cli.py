@@ -133,6 +133,13 @@ def test_an_unknown_metric_costs_no_time(forks, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_metric_that_cannot_be_used_costs_no_time(forks, recipe, tmp_path):
+    offline = {"SACREBLEU": str(tmp_path / "sacrebleu"), "https_proxy": "http://127.0.0.1:9"}
+    words = ("train", recipe, "train.metric=bleu,tokenize=flores200", "--output", tmp_path / "run")
+    refused(forks(*words, **offline), 6, "flores200sacrebleuspm", "put https://")
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_validation_the_last_model_is_kept(forks, recipe, tmp_path):
     run = tmp_path / "run"
     text = re.sub(r"\n  valid: .*", "", recipe.read_text())

@@ -84,12 +84,11 @@ def _in_use(run: Path, holder: str) -> ResourceError:
 
 def _remove_unused(run: Path, made: Sequence[Path]) -> None:
     """Delete the folders `made` for a run, from the innermost, if the run holds its lock alone."""
-    if not made or [path.name for path in run.iterdir()] != ["lock"]:
-        return
     with suppress(OSError):  # somebody else uses one of them: it stays
-        (run / "lock").unlink()
-        for folder in made:
-            folder.rmdir()
+        if made and [path.name for path in run.iterdir()] == ["lock"]:
+            (run / "lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def point(link: Path, target: Path) -> None:

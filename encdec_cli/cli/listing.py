@@ -20,9 +20,8 @@ def list_components(
 ) -> None:
     """List every corpus, model, task, strategy, metric and export target, and from where it comes.
 
-    A component or a plugin that does not load is listed with the reason, one whose extra is missing with the command
-    that installs it. If it is a plugin file that --plugin or
-    ENCDEC_PLUGINS names, the exit code is 2.
+    A component whose extra is missing is listed with the command that installs it, a component or a plugin that does
+    not load with the reason. If that is a plugin file that --plugin or ENCDEC_PLUGINS names, the exit code is 2.
     """
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import environment_plugins
