@@ -43,11 +43,9 @@ def _paragraphs(text: str) -> list[str]:
 
 
 def _argument(parameter: Any) -> str:
-    name = str(parameter.metavar or parameter.name.upper())
-    if name.startswith("["):
-        return name
-    name = f"{name}..." if parameter.nargs == -1 else name
-    return name if parameter.required else f"[{name}]"
+    name = str(parameter.metavar)
+    name = name if parameter.required else f"[{name}]"
+    return f"{name}..." if parameter.nargs == -1 else name
 
 
 def _option(parameter: Any) -> str:

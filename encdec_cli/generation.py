@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -10,15 +9,14 @@ import torch
 
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch, collate
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
 from encdec_cli.decoding.stepper import Stepper
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError
 from encdec_cli.text.example import Example
 
 WINDOW_BATCHES = 64
 """Batches in a window: sorting within it by length saves most of the padding."""
 _TOKENS_PER_SENTENCE = 48
-_FORMULA = re.compile(r"(?:(?P<factor>\d+(?:\.\d+)?)x)?(?:(?P<plus>(?:^|\+)\d+))?")
 
 
 @dataclass
@@ -87,24 +85,12 @@ def check_ensemble(bundles: Sequence[Bundle]) -> None:
                 )
 
 
-def length_limit(formula: int | str, source_length: int) -> int:
-    """Return the most tokens that `formula` (`2x+20`, `1.5x`, 200) allows for a source of x tokens.
-
-    Raises UsageError if the formula is none.
-    """
-    match = _FORMULA.fullmatch(str(formula).replace(" ", ""))
-    if match is None or not any(match.groupdict().values()):
-        raise UsageError(f"max_length: expected a formula such as '2x+20', '1.5x' or '200', found '{formula}'.")
-    return max(1, int(float(match["factor"] or 0) * source_length) + int((match["plus"] or "0").lstrip("+")))
-
-
 def generate(bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options) -> Iterator[Generated]:
     """Decode windows of examples; yield one result for each example, in order, as batches finish.
 
     Several bundles are an ensemble. The text of a candidate never holds a line break.
     """
     check_ensemble(bundles)
-    length_limit(options.strategy.max_length, 1)
     for window in windows:
         yield from _decode_window(bundles, window, options)
 

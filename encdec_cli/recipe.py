@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from encdec_cli.config import Chosen, Component, Unchecked, loader
+from encdec_cli.config import Chosen, Component, Unchecked, component_of, loader
 from encdec_cli.config import explain as explained
 from encdec_cli.config.mistakes import Mistakes
 from encdec_cli.config.schema import plain_value
 from encdec_cli.config.tree import Node, Place, from_plain
 from encdec_cli.errors import UsageError
-from encdec_cli.registry import Plugin, corpora, load_plugin, load_plugins, models, strategies, tasks
+from encdec_cli.registry import Plugin, corpora, load_plugin, load_plugins, metrics, models, strategies, tasks
 
 
 @dataclass
@@ -159,6 +159,8 @@ def load(
     tree = loader.read(path, overrides, mistakes)
     loaded = load_plugins(plugins) + _load_named(tree, path.parent, mistakes)
     checked = None if sections is None else {"plugins", *sections}
+    if checked is None or "train" in checked:
+        _check_metric(tree, mistakes)
     return loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
 
 
@@ -177,6 +179,14 @@ def _load_named(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
     if failed:
         mistakes.check()  # whatever else is wrong may come from the plugin that is not there
     return loaded
+
+
+def _check_metric(tree: Node, mistakes: Mistakes) -> None:
+    """Note what is wrong with `train.metric`; here, since a model in use needs the metric no more."""
+    section = tree.value.get("train") if isinstance(tree.value, dict) else None
+    metric = section.value.get("metric") if section and isinstance(section.value, dict) else None
+    if metric and isinstance(metric.value, str):
+        component_of(metric.value, metrics, metric.place, "train.metric", mistakes)
 
 
 def from_resolved(value: Any, source: str = "recipe") -> Recipe:

@@ -18,6 +18,7 @@ from importlib.abc import SourceLoader
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from encdec_cli.errors import UsageError
@@ -32,6 +33,8 @@ class Origin:
     name: str
     source: str
     error: str | None = None
+    needs: str | None = None
+    """The command that installs what it needs, if that is missing."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,20 @@ class Registry(Generic[T]):
         group: the entry-point group that installed packages use, such as `encdec.models`.
         kind: the word for one of them in messages, such as `model`.
         built_in: name -> `module:Class`.
+        extras: name -> the module it needs, and the extra of this package that installs it.
     """
 
-    def __init__(self, group: str, kind: str, built_in: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        group: str,
+        kind: str,
+        built_in: Mapping[str, str],
+        extras: Mapping[str, tuple[str, str]] = MappingProxyType({}),
+    ) -> None:
         self.group = group
         self.kind = kind
         self._built_in = dict(built_in)
+        self._extras = dict(extras)
         self._registered: dict[str, tuple[T, str]] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -100,7 +111,7 @@ class Registry(Generic[T]):
 
     def origins(self) -> list[Origin]:
         """Return every component with its source, trying to load those of installed packages."""
-        rows = [Origin(name, "built in") for name in self._built_in]
+        rows = [Origin(name, "built in", needs=self._missing(name)) for name in self._built_in]
         rows += [Origin(name, where) for name, (_, where) in self._registered.items()]
         for point in self._entry_points():
             if any(row.name == point.name for row in rows):
@@ -113,6 +124,12 @@ class Registry(Generic[T]):
             else:
                 rows.append(Origin(point.name, distribution))
         return rows
+
+    def _missing(self, name: str) -> str | None:
+        """Return the command that installs what a built-in component lacks; nothing is imported to find out."""
+        module, extra = self._extras.get(name, (None, None))
+        present = module is None or importlib.util.find_spec(module) is not None
+        return None if present else f"pip install 'encdec-cli[{extra}]'"
 
     def _entry_points(self) -> list[EntryPoint]:
         return list(entry_points(group=self.group))
@@ -156,6 +173,7 @@ corpora: Registry[type[Any]] = Registry(
         "docstrings": "encdec_cli.corpora.docstrings:Docstrings",
         "chatterbot": "encdec_cli.corpora.chatterbot:Chatterbot",
     },
+    {"cldr": ("babel", "corpora"), "chatterbot": ("chatterbot_corpus", "corpora")},
 )
 metrics: Registry[type[Any]] = Registry(
     "encdec.metrics",
@@ -172,7 +190,10 @@ metrics: Registry[type[Any]] = Registry(
     },
 )
 exporters: Registry[type[Any]] = Registry(
-    "encdec.exporters", "export target", {"ctranslate2": "encdec_cli.bundle.ctranslate2:CTranslate2"}
+    "encdec.exporters",
+    "export target",
+    {"ctranslate2": "encdec_cli.bundle.ctranslate2:CTranslate2"},
+    {"ctranslate2": ("ctranslate2", "ctranslate2")},
 )
 
 KINDS: dict[str, Registry[type[Any]]] = {

@@ -146,6 +146,7 @@ def test_ctrl_c_on_a_terminal(forks, model):
     code, seen = talk(forks, model, b"\x03")
     assert code == 130, seen
     assert "Traceback" not in seen
+    assert seen.endswith("\n")  # so that the shell's prompt begins a line
 
 
 def test_a_model_of_another_task_is_refused(forks, recipe, tmp_path):

@@ -60,6 +60,8 @@ def test_help_and_version_import_nothing_heavy(words):
         assert "Exit codes: 0 good" in done.stdout
     else:
         assert done.stdout.startswith(f"Usage: encdec {words[0]} ")
+        for type_of_python in ("list[", "<str>", "<int", "<float"):
+            assert type_of_python not in done.stdout
 
 
 def test_no_command_shows_the_help_as_an_error():
@@ -123,6 +125,26 @@ def test_list_shows_plugins_and_the_reason_of_a_broken_one(tmp_path):
     assert "shell_haiku" in done.stdout
     assert f"broken: plugin {tmp_path / 'broken.py'}: RuntimeError: no luck\\x1b[31m." in done.stdout
     assert done.stderr == f"encdec: error: plugin {tmp_path / 'broken.py'}: RuntimeError: no luck\\x1b[31m.\n"
+
+
+def test_list_tells_which_extra_is_missing_and_imports_nothing_for_it(tmp_path):
+    missing = ("ctranslate2", "babel", "chatterbot_corpus")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nfor name in {missing}:\n    sys.modules[name] = None\n")
+    bare = {"PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = encdec("list", env=bare)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = {row.split("built in")[0].split()[-1]: row for row in done.stdout.splitlines() if "built in" in row}
+    assert rows["ctranslate2"].endswith("extra missing: pip install 'encdec-cli[ctranslate2]'")
+    for name in ("cldr", "chatterbot"):
+        assert rows[name].endswith("extra missing: pip install 'encdec-cli[corpora]'")
+    assert rows["files"].endswith("ok")
+    (target,) = json.loads(encdec("list", "--json", env=bare).stdout)["export targets"]
+    assert target["needs"] == "pip install 'encdec-cli[ctranslate2]'"
+    code = (
+        "import sys, encdec_cli.cli as cli; cli.run(['list']); "
+        f"sys.exit(any(name in sys.modules for name in {missing}))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
 
 
 def test_list_as_json(tmp_path):
@@ -232,6 +254,12 @@ def test_a_reader_that_leaves_ends_us_by_sigpipe_without_a_word():
     said = process.stderr.read()
     process.stderr.close()
     assert (process.wait(), said) == (-signal.SIGPIPE, b"")
+
+
+def test_a_stdout_that_is_closed_is_no_failure():
+    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, '-m', 'encdec_cli', 'list'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_full_disk_behind_stdout_is_exit_6():

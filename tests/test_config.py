@@ -58,6 +58,8 @@ class Net:
         def __post_init__(self):
             if self.d_model % self.heads:
                 raise ValueError(f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
+            if self.encoder_layers < 1:
+                raise ValueError(f"encoder_layers: {self.encoder_layers} must be at least 1")
 
     def __init__(self, config, *sizes):
         self.config = config
@@ -116,7 +118,10 @@ GOOD = "data: {name: pairs}\n"
 
 WRONG = {
     "unknown key": (GOOD + "train: {warm_up: 3}", "r.yaml:2:9: train.warm_up: unknown key (did you mean 'warmup'?)"),
-    "unknown key, nothing near": (GOOD + "train:\n  zzz: 3", "r.yaml:3:3: train.zzz: unknown key"),
+    "unknown key, nothing near": (
+        GOOD + "train:\n  zzz: 3",
+        "r.yaml:3:3: train.zzz: unknown key; expected steps, warmup, rate, shared, label, limit",
+    ),
     "unknown section": (GOOD + "trian: {}", "r.yaml:2:1: trian: unknown key (did you mean 'train'?)"),
     "wrong type": (GOOD + "model:\n  heads: eight", "r.yaml:3:10: model.heads: expected int, found 'eight'"),
     "quoted number": (GOOD + "train: {steps: '5'}", "r.yaml:2:16: train.steps: expected int, found '5'"),
@@ -151,7 +156,14 @@ WRONG = {
         GOOD + "model: {name: bare}",
         "r.yaml:2:1: model: 'bare' cannot be configured: class Bare has no dataclass Config",
     ),
-    "keys of another component": (GOOD + "model: {name: net, root: x}", "r.yaml:2:20: model.root: unknown key"),
+    "keys of another component": (
+        GOOD + "model: {name: net, root: x}",
+        "r.yaml:2:20: model.root: unknown key; expected d_model, heads, encoder_layers, norm",
+    ),
+    "contradiction of one key": (
+        GOOD + "model: {encoder_layers: 0}",
+        "r.yaml:2:25: model.encoder_layers: 0 must be at least 1",
+    ),
     "contradiction": (
         GOOD + "model: {heads: 7}",
         "r.yaml:2:1: model: d_model (512) must be a multiple of heads (7)",
@@ -173,7 +185,10 @@ WRONG = {
         "data: {name: pairs, range: [1]}",
         "r.yaml:1:28: data.range[1]: missing",
     ),
-    "a key of several lines": (GOOD + '"a\\nb.yaml:1:1: c": 2', "r.yaml:2:1: a\\nb.yaml:1:1: c: unknown key"),
+    "a key of several lines": (
+        GOOD + '"a\\nb.yaml:1:1: c": 2',
+        "r.yaml:2:1: a\\nb.yaml:1:1: c: unknown key; expected data, model, train, names",
+    ),
     "root is a list": ("- a", "r.yaml:1:1: expected sections such as 'train:', found a list"),
     "root is a word": ("hello", "r.yaml:1:1: expected sections such as 'train:', found 'hello'"),
     "duplicate key": (
@@ -200,7 +215,8 @@ WRONG = {
     "NUL": ("data: a\0b", "r.yaml:1:8: a character that YAML does not allow in a file"),
     "control characters are shown, not sent": (
         GOOD + 'train: {label: 1, "a\\e[31m": 2}',
-        "r.yaml:2:16: train.label: expected str, found 1\nr.yaml:2:19: train.a\\x1b[31m: unknown key",
+        "r.yaml:2:16: train.label: expected str, found 1\n"
+        "r.yaml:2:19: train.a\\x1b[31m: unknown key; expected steps, warmup, rate, shared, label, limit",
     ),
 }
 
@@ -221,7 +237,7 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(load):
         "r.yaml:4:15: model.name: no model 'nett' among net, pairs, bare (did you mean 'net'?)",
         "r.yaml:5:16: train.steps: expected int, found 'x'",
         "r.yaml:5:19: train.warm_up: unknown key (did you mean 'warmup'?)",
-        "r.yaml:6:1: zzz: unknown key",
+        "r.yaml:6:1: zzz: unknown key; expected data, model, train, names",
         "names=[1]: names[0]: expected str, found 1",
         "train.rate=slow: expected float, found 'slow'",
     ]
@@ -256,6 +272,18 @@ def test_an_override_is_checked_as_the_file_is(load, word, message):
     with pytest.raises(UsageError) as caught:
         load(GOOD + "model: {name: net}\n", word)
     assert str(caught.value) == message
+
+
+def test_another_name_over_the_keys_of_a_section_is_one_mistake_with_its_remedy(load):
+    text = GOOD + "model: {heads: 2, d_model: 4, norm: post}\n"
+    with pytest.raises(UsageError) as caught:
+        load(text, "model.name=pairs")
+    assert str(caught.value) == (
+        "model.name=pairs: the section at r.yaml:2:1 has keys that pairs does not know (heads, d_model, norm); "
+        "give it whole, such as 'model={name: pairs}'"
+    )
+    assert load(text, "model={name: pairs}").model.config == Pairs()
+    assert load(text, "model={name: pairs}", "model.copy=true").model.config == Pairs(copy=True)
 
 
 def test_what_a_recipe_means(load):
@@ -300,7 +328,7 @@ def test_only_the_sections_in_use_are_checked_but_every_top_level_key(load):
     plan = load(text, sections={"data"})
     assert plan.train == Unchecked({"zzz": 1})
     assert plan.model == Unchecked({"name": "nothing"})
-    with pytest.raises(UsageError, match=r"^r.yaml:4:1: zzz: unknown key$"):
+    with pytest.raises(UsageError, match=r"^r.yaml:4:1: zzz: unknown key; expected data, model, train, names$"):
         load(text + "zzz: 1", sections={"data"})
 
 
@@ -429,6 +457,7 @@ def test_overrides_round_trip(wanted):
 COMPONENTS = {
     "nett": "--x nett: no model 'nett' among net, pairs, bare (did you mean 'net'?)",
     "": "--x : no model '' among net, pairs, bare",
+    "net,zzz=3": "--x net,zzz=3: zzz: unknown key; expected d_model, heads, encoder_layers, norm",
     "net,head=3": "--x net,head=3: head: unknown key (did you mean 'heads'?)",
     "net,heads=x": "--x net,heads=x: heads: expected int, found 'x'",
     "net,heads": "--x net,heads: 'heads': expected key=value, each key once",
@@ -487,6 +516,43 @@ def test_impossible_training_is_refused(tmp_path, key, value, message):
     with pytest.raises(UsageError) as caught:
         recipe.load(path, sections={"train"})
     assert str(caught.value) == f"{path}:1:1: train: {message}"
+
+
+def test_mistakes_in_metric_length_and_columns_are_told_with_all_others(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "task: {name: translation}\n"
+        "data:\n"
+        "  name: files\n"
+        "  train: {source: a, target: b, tsv: c}\n"
+        "  valid: {tsv: a, jsonl: b}\n"
+        "  test: {source: a}\n"
+        "train:\n"
+        "  metric: bleu,zzz=1\n"
+        "  keep: no\n"
+        "decoding: {max_length: 2y}\n"
+    )
+    with pytest.raises(UsageError) as caught:
+        recipe.load(path)
+    assert str(caught.value).split("\n") == [
+        f"{path}:4:19: data.train.source: column 'a' is a name, so the TSV needs header: true; or use numbers",
+        f"{path}:5:26: data.valid.jsonl: a split has tsv or jsonl, not both",
+        f"{path}:6:3: data.test: target is missing; without it nothing can be learned from a split or compared with it",
+        f"{path}:8:11: train.metric.zzz: unknown key; expected tokenize, lowercase, smooth_method, smooth_value, "
+        "max_ngram_order, effective_order",
+        f"{path}:9:9: train.keep: expected int, found 'no'",
+        f"{path}:10:24: decoding.max_length: expected a formula such as '2x+20', '1.5x' or '200', found '2y'",
+    ]
+    with pytest.raises(UsageError, match=r"^train.metric=blue: no metric 'blue' among .* \(did you mean 'bleu'\?\)$"):
+        recipe.load(path, ["train={}", "train.metric=blue"], {"train"})
+
+
+def test_a_model_in_use_does_not_need_its_metric(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("train: {metric: bleu}\n")
+    plain = recipe.resolved(recipe.load(path, sections={"train"}), {"train"})
+    plain["train"]["metric"] = "of_a_plugin"
+    assert recipe.from_resolved(plain, sections={"train"}).train.metric == "of_a_plugin"
 
 
 PLUGIN = '''

@@ -195,7 +195,6 @@ def test_parallel_text_plain_gzip_and_patterns(tmp_path: Path) -> None:
     assert rows(corpus) == [("a", "A"), ("b", "B"), ("c\u2028c", "C")]
     assert rows(corpus, "valid") == []
     assert any("1.en:1" in note for note in corpus.notes())
-    assert rows(Files(str(tmp_path), test=SplitFiles("1.en")), "test") == [("a", None), ("b", None)]
 
 
 def test_tsv_by_number_and_by_name(tmp_path: Path) -> None:
@@ -254,13 +253,16 @@ def test_wrong_files_name_file_and_line(tmp_path: Path, files: dict[str, Any], c
         {},
         {"tsv": "x", "jsonl": "y"},
         {"source": 0, "target": 1},
-        {"tsv": "x", "source": "en"},
-        {"tsv": "x", "source": -1},
-        {"source": "x", "header": True},
+        {"tsv": "x", "source": "en", "target": "de"},
+        {"tsv": "x", "source": -1, "target": 0},
+        {"source": "x", "target": "y", "header": True},
+        {"source": "x"},
+        {"tsv": "x", "source": 0},
+        {"jsonl": "x", "source": "a"},
     ],
 )
 def test_wrong_split_files(fields: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"tsv|column"):
+    with pytest.raises(UsageError, match=r"tsv|column|target is missing"):
         SplitFiles(**fields)
 
 
@@ -269,8 +271,10 @@ def test_patterns_must_match_as_many_files_and_stdin_is_one_side(tmp_path: Path)
         (tmp_path / name).write_text("a\n")
     with pytest.raises(DataError, match="2 files"):
         list(Files(str(tmp_path), train=SplitFiles("*.en", "*.de")).read("train"))
-    with pytest.raises(UsageError, match="stdin"):
-        list(Files(str(tmp_path), train=SplitFiles("-", "-")).read("train"))
+    with pytest.raises(UsageError, match=r"^train: stdin \('-'\) can be one file alone, but .* for train and train;"):
+        Files(train=SplitFiles("-", "-"))
+    with pytest.raises(UsageError, match=r"^test: stdin .* for valid and test;"):
+        Files(valid=SplitFiles(jsonl="-"), test=SplitFiles("a", "-"))
 
 
 def test_fingerprints_change_with_the_content_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import pytest
 import sacrebleu
 
-from tests.conftest import encdec, write_lines
+from tests.conftest import encdec, start, write_lines
 
 HYPOTHESES = ["the cat sat on the mat", "a dog barks", "it rains in Spain today", "nothing to see here"]
 REFERENCES = ["the cat sat on a mat", "the dog barks loudly", "it rains in Spain", "there is nothing to see"]
@@ -100,6 +100,88 @@ def test_an_empty_pipe_is_a_broken_pipeline(files):
     done = encdec("evaluate", "-r", files / "ref", stdin="")
     assert done.returncode == 4
     assert "no hypotheses" in done.stderr
+
+
+def test_a_silent_pipe_is_told_what_it_waits_for_and_is_waited_for(files):
+    process = start("evaluate", "-r", files / "ref", "--score-only")
+    try:
+        said = process.stderr.readline().decode()
+        assert said.startswith("reading hypotheses from stdin; give FILE")
+        out, rest = process.communicate("".join(f"{h}\n" for h in HYPOTHESES).encode(), timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, rest) == (0, b"")
+    assert out.decode() == f"{sacrebleu.corpus_bleu(HYPOTHESES, [REFERENCES]).score:.2f}\n"
+
+
+def test_one_form_of_output_at_a_time(files):
+    done = encdec("evaluate", files / "hyp", "-r", files / "ref", "--json", "--score-only")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("encdec: error: --json and --score-only: give one of them;")
+    assert done.stderr.count("\n") == 1
+
+
+def test_flags_that_nothing_needs_are_named(files):
+    done = encdec("evaluate", files / "hyp", "-r", files / "ref", "--model", "nowhere", "--source", files / "ref2")
+    assert done.returncode == 0
+    assert done.stderr == (
+        "encdec: warning: --model and --source not used: hypotheses and references are given, and no metric asks a "
+        "model\n"
+    )
+
+
+def test_a_bleu_of_0_on_short_lines_has_a_hint(files):
+    write_lines(files / "short", ["a b c", "d e"])
+    done = encdec("evaluate", files / "short", "-r", files / "short", "--score-only")
+    assert (done.returncode, done.stdout) == (0, "0.00\n")
+    assert done.stderr == (
+        "encdec: warning: BLEU is 0 although 5 words match, since no 4 words in a row do; for short lines use "
+        "bleu,effective_order=true.\n"
+    )
+    hinted = encdec(
+        "evaluate", files / "short", "-r", files / "short", "--score-only", "--metric", "bleu,effective_order=true"
+    )
+    assert (hinted.stdout, hinted.stderr) == ("100.00\n", "")
+
+
+def test_a_tokenizer_that_cannot_be_downloaded_says_which_file_to_put_where(files):
+    done = encdec(
+        *("evaluate", files / "hyp", "-r", files / "ref", "--metric", "bleu,tokenize=flores200"),
+        SACREBLEU=str(files / "sacrebleu"),
+        https_proxy="http://127.0.0.1:9",
+    )
+    assert (done.returncode, done.stdout) == (6, "")
+    assert f"as {files / 'sacrebleu' / 'models' / 'flores200sacrebleuspm'}, or choose another" in done.stderr
+    assert "put https://" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        ("ter,zzz=1", "zzz: unknown key; expected normalized, no_punct, asian_support, case_sensitive"),
+        ("ter,normalized=1", "normalized: expected true or false, found 1"),
+        ("chrf,beta=0", "beta is 0; it must be at least 1"),
+        ("chrf,word_ordr=2", "word_ordr: unknown key (did you mean 'word_order'?)"),
+        ("blue", "did you mean 'bleu'?"),
+    ],
+)
+def test_wrong_options_of_a_metric_are_one_sentence(files, metric, words):
+    done = encdec("evaluate", files / "hyp", "-r", files / "ref", "--metric", metric)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_closed_stdin_is_told(files):
+    code = (
+        "import os, sys; os.close(0); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'encdec_cli', 'evaluate', '-r', sys.argv[1]])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, files / "ref"], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (4, b"")
+    assert done.stderr == b"encdec: error: stdin is closed; give a file, or write lines to stdin.\n"
 
 
 def test_the_model_writes_the_hypotheses_of_its_own_test_split(copy_run):

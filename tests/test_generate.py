@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +111,15 @@ def test_a_broken_record_is_named_by_its_line_after_the_good_ones(copy_run, tmp_
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_cannot_hold_is_refused_by_its_line(copy_run, number):
+    content = f'{{"source": "1", "x": 0.5}}\n{{"source": "1", "x": [{number}]}}\n'
+    done = encdec("generate", "--model", copy_run, "--json", stdin=content)
+    assert done.returncode == 4
+    assert [json.loads(line)["x"] for line in lines(done.stdout)] == [0.5]
+    assert f"stdin:2: not a record this task can read ({number} is no number of JSON; write null)" in done.stderr
+
+
 def test_n_best_and_scores_are_columns(copy_run):
     done = encdec("generate", "--model", copy_run, "--n-best", "2", "--scores", stdin="1 2 3\n\n")
     assert done.returncode == 0, done.stderr
@@ -195,6 +207,16 @@ def test_a_full_disk_on_stdout(copy_run):
     assert errors.count(b"\n") == 1
 
 
+def test_closed_streams_are_no_failures_of_ours(copy_run):
+    command = f"{sys.executable} -m encdec_cli generate --model {copy_run}"
+    for closing, code, said in ((">&- < /dev/null", 0, b""), ("<&-", 4, b"encdec: error: stdin is closed; ")):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} {closing}"], env=environment(), capture_output=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (code, b"")
+        assert done.stderr.startswith(said)
+
+
 def test_ctrl_c_leaves_with_130(copy_run):
     process = start("generate", "--model", copy_run)
     process.stdin.write(b"1 2\n")
@@ -216,6 +238,7 @@ def test_ctrl_c_leaves_with_130(copy_run):
         (["--beam", "0"], 2, "--beam"),
         (["--device", "tpu9"], 2, "--device"),
         (["--strategy", "beam,max_length=2y"], 2, "2x+20"),
+        (["--strategy", "beam,zzz=1"], 2, "zzz: unknown key; expected beam, max_length, length_penalty"),
     ],
 )
 def test_mistakes_are_one_sentence_and_the_documented_code(copy_run, arguments, code, words):
@@ -247,12 +270,23 @@ def test_the_newest_run_is_found_and_named(copy_run, tmp_path):
     done = encdec("generate", stdin="1 2\n", cwd=tmp_path)
     assert done.returncode == 0
     assert done.stdout == "1 2\n"
-    assert done.stderr == "model: runs/copy\n"
+    assert re.fullmatch(r"model: runs/copy \(the only run with a model, last trained [-\d]+ [:\d]+\)\n", done.stderr)
+
+
+def test_the_newest_run_is_the_one_trained_last_not_the_one_with_the_newest_model(copy_run, tmp_path):
+    for name, model, log in (("early", 1_000_000_000, 1_700_000_000), ("late", 1_600_000_000, 1_600_000_000)):
+        run = tmp_path / "runs" / name
+        shutil.copytree(copy_run / "bundle", run / "bundle")
+        shutil.copy(copy_run / "log.jsonl", run / "log.jsonl")
+        os.utime(run / "bundle" / "bundle.json", (model, model))
+        os.utime(run / "log.jsonl", (log, log))
+    done = encdec("generate", stdin="1 2\n", cwd=tmp_path, TZ="UTC")
+    assert done.stderr == "model: runs/early (the newest of 2 runs with a model, last trained 2023-11-14 22:13)\n"
+    named = encdec("generate", stdin="1 2\n", cwd=tmp_path, ENCDEC_MODEL="runs/late")
+    assert named.stderr == "model: runs/late (ENCDEC_MODEL)\n"
 
 
 def test_a_damaged_bundle_is_refused_by_file(copy_run, tmp_path):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(copy_run / "bundle", broken)
     weights = broken / "model.safetensors"
@@ -263,3 +297,5 @@ def test_a_damaged_bundle_is_refused_by_file(copy_run, tmp_path):
     assert done.returncode == 5
     assert "model.safetensors" in done.stderr
     assert "SHA-256" in done.stderr
+    assert "`encdec train` with the run's recipe writes a lost model anew, or copy it again" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -14,7 +14,7 @@ import threading
 import pytest
 
 from encdec_cli.atomic import verify
-from tests.conftest import copy_task, write_lines
+from tests.conftest import copy_task, encdec, write_lines
 from tests.test_resume import fingerprint
 
 SHORT = ("train.steps=10", "train.validate_every=5", "train.save_every=5", "train.precision=fp32", "train.log_every=2")
@@ -133,6 +133,13 @@ def test_an_unknown_metric_costs_no_time(forks, recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_metric_that_cannot_be_used_costs_no_time(forks, recipe, tmp_path):
+    offline = {"SACREBLEU": str(tmp_path / "sacrebleu"), "https_proxy": "http://127.0.0.1:9"}
+    words = ("train", recipe, "train.metric=bleu,tokenize=flores200", "--output", tmp_path / "run")
+    refused(forks(*words, **offline), 6, "flores200sacrebleuspm", "put https://")
+    assert not (tmp_path / "run").exists()
+
+
 def test_without_validation_the_last_model_is_kept(forks, recipe, tmp_path):
     run = tmp_path / "run"
     text = re.sub(r"\n  valid: .*", "", recipe.read_text())
@@ -158,7 +165,35 @@ def test_examples_that_are_too_long(forks, recipe, tmp_path, policy, code, words
 def test_no_example_that_fits(forks, recipe, tmp_path):
     write_lines(recipe.parent / "train.src", ["1 2 3 4 5 6"] * 600)
     refused(forks("train", recipe, "text.max_source=3", "--output", tmp_path / "run"), 4, "none of the 600")
-    assert tree(tmp_path / "run") == ["lock"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_start_leaves_nothing_behind(forks, recipe, tmp_path):
+    run = tmp_path / "not" / "yet"
+    for command in ("train", "preprocess"):
+        refused(forks(command, recipe, "data.train.source=gone", "--output", run), 4, "gone", "No such file")
+        assert not (tmp_path / "not").exists()
+    run.mkdir(parents=True)
+    refused(forks("train", recipe, "data.train.source=gone", "--output", run), 4)
+    assert tree(tmp_path / "not") == ["yet", "yet/lock"]  # it was there before
+
+
+def test_training_data_from_a_pipe_are_those_of_the_file(recipe, tmp_path):
+    piped = encdec(
+        *("preprocess", recipe, "data.train.source=-", "--output", tmp_path / "piped"),
+        stdin=(recipe.parent / "train.src").read_bytes(),
+    )
+    assert piped.returncode == 0, piped.stderr
+    assert encdec("preprocess", recipe, "--output", tmp_path / "read").returncode == 0
+    ours, theirs = (tmp_path / name / "data" / "train-00000.safetensors" for name in ("piped", "read"))
+    assert ours.read_bytes() == theirs.read_bytes()
+    again = encdec("preprocess", recipe, "data.train.source=-", "--output", tmp_path / "piped")
+    assert "nothing to do" in again.stderr
+
+
+def test_stdin_cannot_be_two_files(forks, recipe, tmp_path):
+    done = forks("train", recipe, "data.train.source=-", "data.valid.source=-", "--output", tmp_path / "run")
+    refused(done, 2, "data.valid", "stdin ('-') can be one file alone")
 
 
 def test_early_stopping_is_an_end(forks, recipe, tmp_path):

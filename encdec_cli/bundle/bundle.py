@@ -69,7 +69,13 @@ class Bundle:
         Raises BundleError that names the file, or the plugin that the model needs.
         """
         folder = find_bundle(path)
-        atomic.verify(folder)
+        try:
+            atomic.verify(folder)
+        except BundleError as error:
+            raise BundleError(
+                f"{str(error).rstrip('.')}; `encdec train` with the run's recipe writes a lost model anew, or copy it "
+                "again from where it is whole."
+            ) from error
         description = _description(folder)
         plugins = _plugins(folder, description)
         recipe = _recipe(folder, description, plugins)

@@ -15,8 +15,8 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from encdec_cli import atomic
@@ -39,8 +39,23 @@ def default_run(recipe: Path) -> Path:
 def locked(run: Path) -> Iterator[None]:
     """Hold the run folder: nobody else may write in it. The system lets go of it if this process dies.
 
+    If the block fails before it wrote anything, folders that did not exist before are deleted again.
     Raises ResourceError that names the process which holds it, or says why the folder cannot be written.
     """
+    with atomic.disk_errors(run):
+        made = [folder for folder in (run, *run.parents) if not folder.exists()]
+    descriptor = _hold(run)
+    try:
+        yield
+    except BaseException:
+        _remove_unused(run, made)
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _hold(run: Path) -> int:
+    """Return a descriptor that holds the lock of a run."""
     with atomic.disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -48,17 +63,32 @@ def locked(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
-            raise ResourceError(
-                f"{run}: in use by {holder}; wait for it, stop it, or choose another --output."
-            ) from None
+            raise _in_use(run, os.read(descriptor, 1000).decode(errors="replace").strip()) from None
+        # Whoever failed in between has deleted the file that is held here: the next one would make its own.
+        if os.fstat(descriptor).st_nlink == 0:
+            raise _in_use(run, "")
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with atomic.disk_errors(run):
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode())
-        yield
-    finally:
+    except BaseException:
         os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _in_use(run: Path, holder: str) -> ResourceError:
+    holder = holder or "another process"
+    return ResourceError(f"{run}: in use by {holder}; wait for it, stop it, or choose another --output.")
+
+
+def _remove_unused(run: Path, made: Sequence[Path]) -> None:
+    """Delete the folders `made` for a run, from the innermost, if the run holds its lock alone."""
+    with suppress(OSError):  # somebody else uses one of them: it stays
+        if made and [path.name for path in run.iterdir()] == ["lock"]:
+            (run / "lock").unlink()
+            for folder in made:
+                folder.rmdir()
 
 
 def point(link: Path, target: Path) -> None:
@@ -82,21 +112,30 @@ def recover(run: Path) -> None:
                 leftover.unlink()
 
 
-def newest_run() -> Path:
-    """Return the run below `RUNS` whose bundle is the newest.
+def newest_run() -> tuple[Path, str]:
+    """Return the run below `RUNS` that was trained last, of those that have a model, and words on why it is the one.
 
     Raises UsageError that says how to name a model if there is none.
     """
-    found = [folder for folder in RUNS.glob("*") if (folder / "bundle" / "bundle.json").is_file()]
+    found = [(_trained(folder), folder) for folder in RUNS.glob("*") if (folder / "bundle" / "bundle.json").is_file()]
     if not found:
         raise UsageError(
             f"no model: none was named with --model or ENCDEC_MODEL, and there is no finished or running run "
             f"below ./{RUNS}; train one with `encdec train RECIPE`."
         )
-    return max(found, key=lambda folder: (folder / "bundle" / "bundle.json").stat().st_mtime_ns)
+    when, newest = max(found)
+    last = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+    which = f"the newest of {len(found)} runs" if len(found) > 1 else "the only run"
+    return newest, f"{which} with a model, last trained {last}"
 
 
-def default_model() -> Path:
-    """Return the model to use when none is named: $ENCDEC_MODEL, else the newest run's."""
+def _trained(run: Path) -> float:
+    """Return when a run was last trained: its log grows with it, while the best model may be long made."""
+    paths = (run / "log.jsonl", run / "bundle" / "bundle.json")
+    return max(path.stat().st_mtime for path in paths if path.is_file())
+
+
+def default_model() -> tuple[Path, str]:
+    """Return the model to use when none is named, and words on why: $ENCDEC_MODEL, else the newest run."""
     named = os.environ.get("ENCDEC_MODEL")
-    return Path(named) if named else newest_run()
+    return (Path(named), "ENCDEC_MODEL") if named else newest_run()

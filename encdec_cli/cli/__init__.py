@@ -8,6 +8,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -49,7 +50,7 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
         epilog="Exit codes: 0 good, 1 a failure of ours, 2 wrong command or recipe, 3 a check did not hold, "
-        "4 bad data, 5 bad checkpoint or bundle, 6 disk, memory or lock, 7 training became non-finite, "
+        "4 bad data, 5 bad checkpoint or bundle, 6 disk, memory, download or lock, 7 training became non-finite, "
         "130 and 143 interrupted.",
     )
     app.callback(invoke_without_command=True)(_encdec)
@@ -80,15 +81,16 @@ def _encdec(
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
     arguments, debug = _take_debug(sys.argv[1:])
+    if sys.stdout is None:  # closed: nobody wants the results, and no file may take its place
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - to the end
     code = run(arguments, debug)
-    if sys.stdout is not None:
-        try:
-            sys.stdout.flush()
-        except BrokenPipeError:
-            _end_as_broken_pipe()
-        except OSError as error:
-            _discard_stdout()
-            code = code or _report(error, debug)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _end_as_broken_pipe()
+    except OSError as error:
+        _discard_stdout()
+        code = code or _report(error, debug)
     sys.exit(code)
 
 
@@ -144,7 +146,7 @@ def _sentence(error: BaseException) -> tuple[str, int]:
 
 
 def _usage(error: Any) -> str:
-    sentence = str(error.format_message()).rstrip(".").replace("\n", " ")
+    sentence = str(error.format_message()).rstrip(".").replace("\n", " ").replace(": Value error, ", ": ")
     path = error.ctx.command_path if error.ctx else "encdec"
     # A question already stands at the end where Click knows a similar name.
     stop = " " if sentence.endswith("?") else "; "

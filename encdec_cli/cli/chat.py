@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, StrategyOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -17,17 +18,13 @@ _RESET = "/new"
 
 
 def chat(
-    model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]")
+    model: ModelOption = None,
+    strategy: StrategyOption = None,
+    beam: Annotated[
+        int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each answer.")
     ] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", help="NAME,KEY=VALUE,… such as sampling,temperature=0.8,seed=1.")
-    ] = None,
-    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Hypotheses kept for each answer.")] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Talk with a dialogue model; it remembers the turns, and says so when old ones no longer fit.
 
@@ -44,7 +41,8 @@ def chat(
     bundle = load_bundles([model] if model else [], device, plugin or [])[0]
     task = bundle.task
     if not isinstance(task, Dialogue):
-        raise UsageError(f"chat needs a model of the task dialogue, this one was made for {bundle.recipe.task.name}.")
+        made_for = bundle.recipe.task.name
+        raise UsageError(f"chat needs a model of the task dialogue, not of {made_for}; give another with --model.")
     options = Options(choose_strategy(bundle, strategy, beam))
     turns: list[str] = []
     told = False
@@ -83,7 +81,7 @@ def _turns() -> Iterator[str]:
     """Yield what the user says: with a prompt on a terminal, else the lines of the pipe."""
     from encdec_cli.text.lines import read_lines
 
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if sys.stdin is None or not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from read_lines(None)
         return
     sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -93,6 +91,9 @@ def _turns() -> Iterator[str]:
         except EOFError:
             sys.stdout.write("\n")
             return
+        except KeyboardInterrupt:
+            sys.stdout.write("\n")  # so that the shell's prompt does not follow ours
+            raise
         if said.strip():
             yield said
 

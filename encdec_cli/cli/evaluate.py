@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import stat
 import sys
+from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption
+
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.evaluation.metrics import Metric
     from encdec_cli.evaluation.report import Outputs, Report
+    from encdec_cli.evaluation.significance import Resampling
     from encdec_cli.text.example import Example
+
+
+_PATIENCE = 2.0
+"""Seconds without input after which a user is told that input is awaited."""
 
 
 class Test(str, Enum):
@@ -30,59 +39,74 @@ def evaluate(
     file: Annotated[
         Path | None,
         typer.Argument(
-            help="Hypotheses, plain or .gz. [default: stdin; on a terminal the model writes them]", show_default=False
+            metavar="FILE",
+            help="Hypotheses, plain or .gz. [default: stdin; on a terminal the model writes them]",
+            show_default=False,
         ),
     ] = None,
     metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="NAME,KEY=VALUE,… such as bleu,tokenize=zh; repeat for more.")
+        list[str] | None,
+        typer.Option("--metric", metavar="NAME,KEY=VALUE,…", help="Such as bleu,tokenize=zh; repeat for more."),
     ] = None,
     reference: Annotated[
         list[Path] | None,
-        typer.Option("--reference", "-r", help="References; repeat for more. [default: the recipe's test split]"),
+        typer.Option(
+            "--reference", "-r", metavar="FILE", help="References; repeat for more. [default: the recipe's test split]"
+        ),
     ] = None,
     baseline: Annotated[
-        Path | None, typer.Option("--baseline", help="Another system's lines, for the paired test.")
+        Path | None, typer.Option("--baseline", metavar="FILE", help="Another system's lines, for the paired test.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--source", help="What the model reads, if it writes the hypotheses.")
+        Path | None, typer.Option("--source", metavar="FILE", help="What the model reads, if it writes the hypotheses.")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]")
-    ] = None,
-    test: Annotated[Test, typer.Option("--test", help="The paired test against the baseline.")] = Test.randomization,
+    model: ModelOption = None,
+    test: Annotated[
+        Test, typer.Option("--test", metavar="|".join(Test), help="The paired test against the baseline.")
+    ] = Test.randomization,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="The numbers alone, one a line.")] = False,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
 ) -> None:
     """Score hypotheses against references, with 95 % bootstrap intervals and the signature of each number.
 
     Hypotheses come from FILE or a pipe; on a terminal (or with stdin from /dev/null) the model writes them. A
     baseline adds the paired significance test.
     """
-    from encdec_cli.cli import console
+    from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
-    from encdec_cli.evaluation.significance import Resampling
+    from encdec_cli.registry import load_plugins
 
-    plugins, names, references = list(plugin or ()), list(metric or ()), list(reference or ())
+    if as_json and score_only:
+        raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
+    plugins = plugin or []
+    load_plugins(plugins)
+    chosen = _metrics(metric or ())
     lines = read_hypotheses(file)
     bundle = None
-    if lines is None or not references or _need_model(names, plugins):
+    if lines is None or not reference or any(each.needs_model for each in chosen):
         bundle = _bundle(model, device, plugins)
-    chosen = _metrics(names or _usual_metrics(bundle))
-    outputs = _outputs(lines, references, baseline, bundle, source)
+    else:
+        _tell_unused(model, source)
+    chosen = chosen or _metrics(_usual_metrics(bundle))
+    outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen)
-    resamples = 0 if score_only and baseline is None else 1000
-    report = judge(chosen, outputs, Resampling(test=test.value, resamples=resamples))
-    for warning in report.warnings:
-        console.warn(warning)
-    _print(report, as_json, score_only)
+    _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
+
+
+def _resampling(test: Test, score_only: bool, baseline: Path | None) -> Resampling:
+    from encdec_cli.evaluation.significance import Resampling
+
+    return Resampling(test=test.value, resamples=0 if score_only and baseline is None else 1000)
 
 
 def _print(report: Report, as_json: bool, score_only: bool) -> None:
+    from encdec_cli.cli import console
+
+    for warning in report.warnings:
+        console.warn(warning)
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
@@ -98,6 +122,8 @@ def read_hypotheses(file: Path | None) -> list[str] | None:
 
     if file is None and _stdin_asks_model():
         return None
+    if file is None or str(file) == "-":
+        _tell_if_waiting()
     lines = _read(file)
     if not lines:
         raise DataError(
@@ -120,29 +146,46 @@ def _read(path: Path | None) -> list[str]:
 
 
 def _stdin_asks_model() -> bool:
+    if sys.stdin is None:  # closed: the reader says so
+        return False
     status = os.fstat(sys.stdin.fileno())
     return sys.stdin.isatty() or (stat.S_ISCHR(status.st_mode) and status.st_rdev == Path(os.devnull).stat().st_rdev)
 
 
-def _need_model(names: list[str], plugins: list[Path]) -> bool:
-    from encdec_cli.registry import load_plugins, metrics
+def _tell_if_waiting() -> None:
+    """Say for what the command waits where stdin stays silent, as a pipe does that nobody writes to."""
+    from encdec_cli.cli import console
 
-    load_plugins(plugins)
-    kinds = [name.partition(",")[0] for name in names]
-    return any(metrics.get(kind).needs_model for kind in kinds if kind in metrics.names())
+    if sys.stdin is not None and not select.select([sys.stdin.fileno()], [], [], _PATIENCE)[0]:
+        console.say(
+            "reading hypotheses from stdin; give FILE to read a file, or < /dev/null to let the model write them"
+        )
 
 
-def _bundle(model: Path | None, device: str, plugins: list[Path]) -> Bundle:
+def _tell_unused(model: Path | None, source: Path | None) -> None:
+    from encdec_cli.cli import console
+
+    unused = [flag for flag, value in (("--model", model), ("--source", source)) if value]
+    if unused:
+        told = "hypotheses and references are given, and no metric asks a model"
+        console.warn(f"{' and '.join(unused)} not used: {told}")
+
+
+def _bundle(model: Path | None, device: str, plugins: Sequence[Path]) -> Bundle:
     from encdec_cli.cli.models import load_bundles
 
     return load_bundles([model] if model else [], device, plugins)[0]
 
 
-def _metrics(names: list[str]) -> list[Metric]:
+def _metrics(names: Sequence[str]) -> list[Metric]:
     from encdec_cli.config import parse_component
+    from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
 
-    return [parse_component(name, metrics, "--metric") for name in names]
+    chosen = [parse_component(name, metrics, "--metric") for name in names]
+    for metric in chosen:
+        try_out(metric)
+    return chosen
 
 
 def _usual_metrics(bundle: Bundle | None) -> list[str]:
@@ -187,7 +230,7 @@ def _check_lengths(
     first = str(names[0]) if names else "the recipe's test split"
     for name, stream in zip(map(str, names[1:]), streams[1:], strict=True):
         check_lengths(first, streams[0], name, stream)
-    for name, given in (("the hypotheses", lines), ("the baseline", others)):
+    for name, given in (("the output", lines), ("the baseline", others)):
         if given is not None:
             check_lengths(name, given, first, streams[0])
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import ModelOption, PluginOption
+
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.export import Agreement, Exporter
@@ -20,15 +22,21 @@ PROBE_LINES = 50
 
 
 def export(
-    to: Annotated[str, typer.Option("--to", help="The target, such as ctranslate2.", show_default=False)],
-    model: Annotated[
-        Path | None, typer.Option("--model", "-m", help="Bundle or run. [default: $ENCDEC_MODEL, else the newest run]")
-    ] = None,
+    to: Annotated[
+        str, typer.Option("--to", metavar="TARGET", help="The target, such as ctranslate2.", show_default=False)
+    ],
+    model: ModelOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write. [default: <name of the model>-<target>]")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FOLDER", help="Folder to write. [default: <name of the model>-<target>]"
+        ),
     ] = None,
     quantize: Annotated[
-        str, typer.Option("--quantize", help="How weights are stored: none, int8, int16, float16, bfloat16 …")
+        str,
+        typer.Option(
+            "--quantize", metavar="KIND", help="How weights are stored: none, int8, int16, float16, bfloat16 …"
+        ),
     ] = "none",
     check: Annotated[
         bool,
@@ -36,12 +44,12 @@ def export(
     ] = False,
     probe: Annotated[
         Path | None,
-        typer.Option("--probe", help="Lines for --check. [default: held-out lines of the model's own corpus]"),
+        typer.Option(
+            "--probe", metavar="FILE", help="Lines for --check. [default: held-out lines of the model's own corpus]"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of lines.")] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Write the model in another program's format, and print the folder.
 
@@ -61,8 +69,8 @@ def export(
     load_plugins(plugin or [])
     exporter = _exporter(to, quantize)
     if model is None:
-        model = default_model()
-        console.say(f"model: {model}")
+        model, why = default_model()
+        console.say(f"model: {model} ({why})")
     bundle = load_bundles([model], "cpu", plugin or [])[0]
     folder = output or Path(f"{_name(model)}-{to}")
     try:

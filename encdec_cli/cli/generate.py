@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from encdec_cli.cli.options import DeviceOption, PluginOption, StrategyOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -31,31 +34,35 @@ class Precision(str, Enum):
 
 def generate(
     file: Annotated[
-        Path | None, typer.Argument(help="Input, plain or .gz. [default: stdin]", show_default=False)
+        Path | None, typer.Argument(metavar="FILE", help="Input, plain or .gz. [default: stdin]", show_default=False)
     ] = None,
     model: Annotated[
         list[Path] | None,
         typer.Option(
-            "--model", "-m", help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]"
+            "--model",
+            "-m",
+            metavar="PATH",
+            help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]",
         ),
     ] = None,
-    beam: Annotated[int | None, typer.Option("--beam", min=1, help="Hypotheses kept for each line.")] = None,
-    strategy: Annotated[
-        str | None, typer.Option("--strategy", help="NAME,KEY=VALUE,… such as sampling,temperature=0.8,seed=1.")
+    beam: Annotated[
+        int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each line.")
     ] = None,
-    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Outputs a line, separated by TAB.")] = 1,
+    strategy: StrategyOption = None,
+    n_best: Annotated[int, typer.Option("--n-best", metavar="N", min=1, help="Outputs a line, separated by TAB.")] = 1,
     scores: Annotated[bool, typer.Option("--scores", help="Put the score and a TAB before each output.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
     ] = False,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Most lines decoded together.")] = 64,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")] = 64,
+    device: DeviceOption = "cpu",
     precision: Annotated[
-        Precision, typer.Option("--precision", help="bf16 is faster where the machine multiplies it fast.")
+        Precision,
+        typer.Option(
+            "--precision", metavar="|".join(Precision), help="bf16 is faster where the machine multiplies it fast."
+        ),
     ] = Precision.fp32,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Write the model's output for each line: one line out per line in, in order, as batches finish.
 
@@ -113,7 +120,7 @@ def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best:
 
 def _is_complete(file: Path | None) -> bool:
     """Whether all input lies ready, so that waiting for a full window costs nobody anything."""
-    if file is not None and str(file) != "-":
+    if (file is not None and str(file) != "-") or sys.stdin is None:
         return True
     return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
@@ -127,13 +134,21 @@ def _examples(bundle: Bundle, file: Path | None, as_json: bool, report: LineRepo
             yield bundle.task.read(line)
             continue
         try:
-            yield bundle.task.from_record(json.loads(line))
+            yield bundle.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
         except (ValueError, DataError, RecursionError) as error:
             reason = str(error).rstrip(".")
             raise DataError(
                 f"{file or 'stdin'}:{number}: not a record this task can read ({reason}); a line that begins with {{ "
                 "must be a JSON object, and the lines before this one have been written."
             ) from error
+
+
+def _number(text: str) -> float:
+    """Read a number of a record. NaN and Infinity are not JSON, and 1e999 would be written as Infinity."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number of JSON; write null")
+    return value
 
 
 def _text_line(number: int, result: Generated, options: Options, scores: bool) -> str:

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import PluginOption
+
 if TYPE_CHECKING:
     from encdec_cli.registry import Origin
 
 
 def list_components(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", metavar="FILE", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """List every corpus, model, task, strategy, metric and export target, and from where it comes.
 
-    A component or a plugin that does not load is listed with the reason. If it is a plugin file that --plugin or
-    ENCDEC_PLUGINS names, the exit code is 2.
+    A component whose extra is missing is listed with the command that installs it, a component or a plugin that does
+    not load with the reason. If that is a plugin file that --plugin or ENCDEC_PLUGINS names, the exit code is 2.
     """
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import environment_plugins
@@ -59,7 +59,8 @@ def _show_table(plugins: Sequence[Origin]) -> None:
 
 
 def _row(kind: str, origin: Origin) -> list[str]:
-    return [kind, origin.name, origin.source, f"broken: {origin.error}" if origin.error else "ok"]
+    status = f"broken: {origin.error}" if origin.error else "ok"
+    return [kind, origin.name, origin.source, f"extra missing: {origin.needs}" if origin.needs else status]
 
 
 def _show_json(plugins: Sequence[Origin]) -> None:

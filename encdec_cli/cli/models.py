@@ -24,8 +24,9 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
     loaded = dict.fromkeys(load_plugins(plugins))
     paths = list(named)
     if not paths:
-        paths = [default_model()]
-        console.say(f"model: {paths[0]}")
+        path, why = default_model()
+        paths = [path]
+        console.say(f"model: {path} ({why})")
     for path in paths:
         for sentence in changed_plugins(path, list(loaded)):
             console.warn(sentence)

@@ -7,22 +7,19 @@ from typing import Annotated
 
 import typer
 
+from encdec_cli.cli.options import OverridesArgument, PluginOption, RunOption
+
 
 def preprocess(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/<recipe name>]")
-    ] = None,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)],
+    overrides: OverridesArgument = None,
+    output: RunOption = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Read the corpus, train the tokenizer and write the shards that `encdec train` uses.
 
-    `train` does this by itself; do it apart to look at the data first, or where no accelerator is idle.
+    KEY=VALUE changes a key of the recipe, such as data.target=fr. `train` does all this by itself; do it apart to look
+    at the data first, or where no accelerator is idle.
     """
     from encdec_cli.bundle.run import data_folder, default_run, locked
     from encdec_cli.cli import console

@@ -7,36 +7,35 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.options import DeviceOption, OverridesArgument, PluginOption, RunOption
+
 if TYPE_CHECKING:
     from encdec_cli.recipe import Recipe
     from encdec_cli.training.trainer import Trainer
 
 
 def train(
-    recipe: Annotated[Path | None, typer.Argument(help="The recipe, a YAML file.", show_default=False)] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to change.")
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
     ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run. [default: runs/<recipe name>]")
-    ] = None,
+    overrides: OverridesArgument = None,
+    output: RunOption = None,
     init_from: Annotated[
-        Path | None, typer.Option("--init-from", help="Start from the weights of this bundle or run.")
+        Path | None, typer.Option("--init-from", metavar="PATH", help="Start from the weights of this bundle or run.")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1 …")] = "cpu",
+    device: DeviceOption = "cpu",
     explain: Annotated[bool, typer.Option("--explain", help="Print every key of a recipe with its meaning.")] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Check the recipe, prepare the data, try the largest batch; train nothing."),
     ] = False,
-    plugin: Annotated[
-        list[Path] | None, typer.Option("--plugin", help="A plugin file to load; repeat for more.")
-    ] = None,
+    plugin: PluginOption = None,
 ) -> None:
     """Train a model: prepare the data if need be, learn, validate, keep the best.
 
-    Started again, it goes on where it was interrupted, or says that nothing is left to do. The model lies in
-    the run's folder and is what `encdec generate` uses next.
+    KEY=VALUE changes a key of the recipe, such as train.steps=100; --explain shows every key. Started again, it goes
+    on where it was interrupted, or says that nothing is left to do. The model lies in the run's folder and is what
+    `encdec generate` uses next.
     """
     if explain:
         from encdec_cli.recipe import explain as explain_recipe
@@ -58,6 +57,7 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     from encdec_cli.cli import console
     from encdec_cli.cli.progress import TrainingProgress
     from encdec_cli.config import parse_component
+    from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.machine import check_device, use_threads
@@ -65,7 +65,7 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
-    parse_component(recipe.train.metric, metrics, "train.metric")  # a mistake costs no time on the data
+    try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
     use_threads(recipe.train.threads)
     start = Bundle.load(init_from, device) if init_from else None
     with locked(run), watched() as stop:

@@ -51,5 +51,10 @@ def _dataclass(value: SectionModel, parts: dict[str, Node], node: Node, path: st
     try:
         return value.schema_class(**inside)
     except (ValueError, EncdecError) as error:
-        mistakes.add(node.key, path, str(error).rstrip("."))
+        # A sentence that begins with one of the keys is about that key.
+        key, colon, what = str(error).rstrip(".").partition(": ")
+        if colon and key in parts:
+            mistakes.add(parts[key].place, f"{path}{dot}{key}", what)
+        else:
+            mistakes.add(node.key, path, str(error).rstrip("."))
         return None

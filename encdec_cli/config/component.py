@@ -7,9 +7,9 @@ from typing import Any
 
 from encdec_cli.config.checks import checked
 from encdec_cli.config.mistakes import Mistakes, tell
-from encdec_cli.config.schema import model_of, plain_value, schema_of
+from encdec_cli.config.schema import keys, model_of, plain_value, schema_of
 from encdec_cli.config.tree import Node, Place, PlacedError, plain, value_of
-from encdec_cli.errors import EncdecError, UsageError
+from encdec_cli.errors import EncdecError
 from encdec_cli.registry import Registry, nearest
 
 
@@ -60,7 +60,23 @@ def build_component(chosen: Chosen, node: Node, path: str, mistakes: Mistakes) -
     cls = _look_up(chosen.registry, name, f"{path}.name", mistakes)
     if cls is None:
         return None
-    return _component(cls, str(name.value), Node(inside, node.place, node.key), path, mistakes)
+    component = Node(inside, node.place, node.key)
+    if name.place.line == 0 and _holds_keys_of_another(cls, component, name, path, mistakes):
+        return None
+    return _component(cls, str(name.value), component, path, mistakes)
+
+
+def _holds_keys_of_another(cls: type[Any], node: Node, name: Node, path: str, mistakes: Mistakes) -> bool:
+    """Note it once if the command line renames a section of a file whose other keys fit the old name alone."""
+    try:
+        known = keys(schema_of(cls))
+    except AttributeError:
+        return False  # `_component` says what is wrong with it
+    others = [key for key, child in node.value.items() if child.key.line and key not in known]  # type: ignore[union-attr]
+    if others:
+        what = f"the section at {node.key} has keys that {name.value} does not know ({', '.join(others)})"
+        mistakes.add(name.place, f"{path}.name", f"{what}; give it whole, such as '{path}={{name: {name.value}}}'")
+    return bool(others)
 
 
 def _look_up(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> type[Any] | None:
@@ -95,7 +111,14 @@ def parse_component(text: str, registry: Registry[type[Any]], flag: str) -> Any:
         flag: the flag as the user wrote it, for messages.
     """
     mistakes = Mistakes()
-    place = Place(0, 0, f"{flag} {text}")
+    config = component_of(text, registry, Place(0, 0, f"{flag} {text}"), "", mistakes)
+    mistakes.check()
+    return config
+
+
+def component_of(text: str, registry: Registry[type[Any]], place: Place, path: str, mistakes: Mistakes) -> Any:
+    """Read `name,key=value,…` that stands at `place` under the key `path`; None after noting what is wrong with it."""
+    before = len(mistakes)
     name, *pairs = _split(text)
     inside = {"name": Node(name, place, place)}
     for pair in pairs:
@@ -105,14 +128,12 @@ def parse_component(text: str, registry: Registry[type[Any]], flag: str) -> Any:
                 raise PlacedError(place, f"{tell(pair)}: expected key=value, each key once")
             inside[key] = value_of(value, place)
         except PlacedError as mistake:
-            mistakes.add(place, "", str(mistake))
-    mistakes.check()
-    cls = _look_up(registry, inside.pop("name"), "", mistakes)
-    component = _component(cls, name, Node(dict(inside), place, place), "", mistakes) if cls else None
-    mistakes.check()
-    if component is None:
-        raise UsageError(str(place))
-    return component.config
+            mistakes.add(place, path, str(mistake))
+    if len(mistakes) > before:
+        return None
+    cls = _look_up(registry, inside.pop("name"), path, mistakes)
+    component = _component(cls, name, Node(dict(inside), place, place), path, mistakes) if cls else None
+    return None if component is None else component.config
 
 
 def _split(text: str) -> list[str]:

@@ -14,11 +14,10 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 from encdec_cli.config import tree as yaml_tree
 from encdec_cli.config.checks import checked
 from encdec_cli.config.component import Chosen, build_component
-from encdec_cli.config.mistakes import Mistakes, tell
+from encdec_cli.config.mistakes import Mistakes, tell, unknown_key
 from encdec_cli.config.schema import model_of, recipe_keys, required, types_of
 from encdec_cli.config.tree import Node, Place, PlacedError, plain, value_of
 from encdec_cli.errors import UsageError
-from encdec_cli.registry import nearest
 
 S = TypeVar("S")
 
@@ -90,7 +89,7 @@ def build(
     fields = recipe_keys(schema)
     for key, node in tree.value.items():
         if key not in fields:
-            mistakes.add(node.key, key, f"unknown key{nearest(key, list(fields))}")
+            mistakes.add(node.key, key, unknown_key(key, list(fields)))
     values: dict[str, Any] = dict(extra or {})
     hints = types_of(schema)
     for key, field in fields.items():

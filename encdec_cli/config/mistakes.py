@@ -107,7 +107,13 @@ def _locate(root: Node, path: str, error: Any) -> tuple[Node, str]:
 def _unknown(key: str, group: Sequence[Any], hint: Any) -> str:
     """Suggest among the keys of the section in which the unknown one stands."""
     known = known_keys(hint, [part for part in group[0]["loc"][:-1] if isinstance(part, str)])
-    return f"unknown key{nearest(key.rpartition('.')[2], known)}"
+    return unknown_key(key.rpartition(".")[2], known)
+
+
+def unknown_key(key: str, known: Sequence[str]) -> str:
+    """Say that a key is unknown, and name the nearest known one, or all where none is near."""
+    keys = list(dict.fromkeys(known))
+    return f"unknown key{nearest(key, keys) or '; expected ' + (', '.join(keys) or 'none')}"
 
 
 def _mismatch(errors: Sequence[Any], node: Node) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,9 @@ from typing import Any
 from encdec_cli.corpora.corpus import Corpus, known_split
 from encdec_cli.errors import DataError, UsageError
 from encdec_cli.text.example import Example
-from encdec_cli.text.lines import LineReport, read_lines, read_parallel
+from encdec_cli.text.lines import LineReport, read_lines, read_parallel, seekable_stdin
+
+_STDIN = "-"
 
 
 @dataclass
@@ -26,7 +30,7 @@ class SplitFiles:
     source: str | int = ""
     """Path; or the column of a TSV (number from 0, or name with `header`); or the field of a JSON object."""
     target: str | int = ""
-    """As `source`. May be left out where no target is known."""
+    """As `source`."""
     tsv: str = ""
     """Path of a file with tab-separated columns."""
     jsonl: str = ""
@@ -36,15 +40,17 @@ class SplitFiles:
 
     def __post_init__(self) -> None:
         if self.tsv and self.jsonl:
-            raise UsageError("a split has tsv or jsonl, not both.")
+            raise UsageError("jsonl: a split has tsv or jsonl, not both.")
         if self.source == "":
             self._name_sides()
+        if self.target == "":
+            raise UsageError("target is missing; without it nothing can be learned from a split or compared with it.")
         if self.tsv:
             self._check_columns()
         elif self.header:
-            raise UsageError("header is for tsv alone.")
+            raise UsageError("header: only a TSV has one; give tsv, or leave header out.")
         elif isinstance(self.source, int) or isinstance(self.target, int):
-            raise UsageError("source and target are column numbers only with tsv.")
+            raise UsageError("source and target are column numbers only with tsv; give names, or tsv.")
 
     def _name_sides(self) -> None:
         if self.tsv:
@@ -55,11 +61,15 @@ class SplitFiles:
             raise UsageError("a split needs source and target (paths), or tsv, or jsonl.")
 
     def _check_columns(self) -> None:
-        for column in (self.source, self.target):
-            if isinstance(column, str) and column and not self.header:
-                raise UsageError(f"column '{column}' is a name, so the TSV needs header: true; or use numbers.")
+        for side, column in (("source", self.source), ("target", self.target)):
+            if isinstance(column, str) and not self.header:
+                raise UsageError(f"{side}: column '{column}' is a name, so the TSV needs header: true; or use numbers.")
             if isinstance(column, int) and column < 0:
-                raise UsageError(f"column {column} must be 0 or more.")
+                raise UsageError(f"{side}: column {column} must be 0 or more.")
+
+    def patterns(self) -> list[str]:
+        """Return the paths or patterns of all files."""
+        return [self.tsv or self.jsonl] if self.tsv or self.jsonl else [str(self.source), str(self.target)]
 
 
 @dataclass
@@ -79,6 +89,14 @@ class Files(Corpus):
         # Not fields: they are no keys of a recipe.
         self._reports: dict[str, LineReport] = {}
         self._dropped: dict[str, str] = {}
+        self._stdin_start: int | None = None
+        given = {"train": self.train, "valid": self.valid, "test": self.test}
+        splits = [name for name, files in given.items() if files for path in files.patterns() if path == _STDIN]
+        if len(splits) > 1:
+            raise UsageError(
+                f"{splits[-1]}: stdin ('-') can be one file alone, but it is named for {' and '.join(splits)}; "
+                "put the others into files."
+            )
 
     def _files(self, split: str) -> SplitFiles | None:
         return {"train": self.train, "valid": self.valid, "test": self.test}[known_split(split)]
@@ -91,7 +109,7 @@ class Files(Corpus):
         report = self._reports[split] = LineReport()
         dropped, first = 0, ""
         for place, example in self._rows(files, report):
-            if split != "test" and _has_empty_side(example, files.target != ""):
+            if split != "test" and not (example.source.strip() and (example.target or "").strip()):
                 dropped, first = dropped + 1, first or place
                 continue
             yield example
@@ -101,6 +119,8 @@ class Files(Corpus):
             self._dropped[split] = f"{split}: {dropped} {rows} with an empty side dropped (first {first})."
 
     def _rows(self, files: SplitFiles, report: LineReport) -> Iterator[tuple[str, Example]]:
+        if _STDIN in files.patterns():
+            self._rewind_stdin()
         if files.tsv:
             for path in self._paths(files.tsv):
                 yield from _tsv(path, files, report)
@@ -109,13 +129,17 @@ class Files(Corpus):
                 yield from _jsonl(path, files, report)
         else:
             for paths in self._parallel(files):
-                for number, row in enumerate(read_parallel(paths, report), start=1):
-                    yield f"{paths[0]}:{number}", Example(row[0], row[1] if len(row) > 1 else None)
+                for number, (source, target) in enumerate(read_parallel(paths, report), start=1):
+                    yield f"{paths[0]}:{number}", Example(source, target)
+
+    def _rewind_stdin(self) -> None:
+        """Begin stdin anew: training data are read more than once."""
+        if self._stdin_start is None:
+            self._stdin_start = seekable_stdin()
+        os.lseek(sys.stdin.fileno(), self._stdin_start, os.SEEK_SET)
 
     def _parallel(self, files: SplitFiles) -> list[list[Path]]:
-        sides = [self._paths(str(pattern)) for pattern in (files.source, files.target) if pattern]
-        if sum(path == Path("-") for side in sides for path in side) > 1:
-            raise UsageError("data: source and target cannot both be stdin.")
+        sides = [self._paths(pattern) for pattern in files.patterns()]
         if len({len(side) for side in sides}) > 1:
             raise DataError(
                 f"{files.source} matches {len(sides[0])} files and {files.target} {len(sides[1])}; expected one "
@@ -124,25 +148,22 @@ class Files(Corpus):
         return [list(paths) for paths in zip(*sides, strict=True)]
 
     def _paths(self, pattern: str) -> list[Path]:
-        if pattern == "-":
-            return [Path("-")]
+        if pattern == _STDIN:
+            return [Path(_STDIN)]
         path = Path(self.root).expanduser() / pattern
         if path.exists() or not glob.has_magic(pattern):
             return [path]
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 Path.glob wants relative patterns
         if not matches:
-            raise DataError(f"{path}: no file matches this pattern.")
+            raise DataError(f"{path}: no file matches this pattern; check the path in the recipe (data.root=…).")
         return matches
 
     def fingerprint(self) -> str:
         """Return a digest of names, sizes and times of change of all files."""
         facts: list[Any] = []
         for files in (self.train, self.valid, self.test):
-            patterns = [] if files is None else [files.tsv or files.jsonl]
-            if files is not None and not patterns[0]:
-                patterns = [str(files.source), str(files.target)]
-            for path in (path for pattern in patterns if pattern for path in self._paths(pattern)):
-                facts.append(_facts(path))
+            for pattern in files.patterns() if files else []:
+                facts += map(_facts, self._paths(pattern))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def notes(self) -> list[str]:
@@ -152,8 +173,8 @@ class Files(Corpus):
 
 
 def _facts(path: Path) -> list[Any]:
-    if path == Path("-"):
-        return ["-"]
+    if path == Path(_STDIN):
+        return [_STDIN]
     try:
         status = path.stat()
     except OSError as error:
@@ -161,13 +182,9 @@ def _facts(path: Path) -> list[Any]:
     return [str(path), status.st_size, status.st_mtime_ns]
 
 
-def _has_empty_side(example: Example, needs_target: bool) -> bool:
-    return not example.source.strip() or (needs_target and not (example.target or "").strip())
-
-
 def _tsv(path: Path, files: SplitFiles, report: LineReport) -> Iterator[tuple[str, Example]]:
     names: list[str] = []
-    wanted = [column for column in (files.source, files.target) if column != ""]
+    wanted = [files.source, files.target]
     columns = [column for column in wanted if isinstance(column, int)]
     for number, line in enumerate(read_lines(path, report), start=1):
         place, cells = f"{path}:{number}", line.split("\t")
@@ -178,7 +195,7 @@ def _tsv(path: Path, files: SplitFiles, report: LineReport) -> Iterator[tuple[st
         if len(cells) <= max(columns):
             raise DataError(f"{place}: {len(cells)} columns; expected at least {max(columns) + 1}, separated by tabs.")
         record = {names[i] if i < len(names) else str(i): cell for i, cell in enumerate(cells) if i not in columns}
-        yield place, Example(cells[columns[0]], cells[columns[1]] if len(columns) > 1 else None, record)
+        yield place, Example(cells[columns[0]], cells[columns[1]], record)
 
 
 def _column(column: str | int, names: list[str], place: str) -> int:
@@ -199,7 +216,7 @@ def _jsonl(path: Path, files: SplitFiles, report: LineReport) -> Iterator[tuple[
         if not isinstance(record, dict):
             raise DataError(f"{place}: expected a JSON object, found {type(record).__name__}.")
         source = _field(record, str(files.source), place)
-        target = _field(record, str(files.target), place) if files.target != "" else None
+        target = _field(record, str(files.target), place)
         rest = {key: value for key, value in record.items() if key not in (files.source, files.target)}
         yield place, Example(source, target, rest)
 

@@ -34,6 +34,7 @@ class Beam(Strategy):
     is weaker on short outputs."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"beam is {self.beam}; a search keeps at least 1 hypothesis.")
         if not math.isfinite(self.length_penalty):

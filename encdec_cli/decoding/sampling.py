@@ -42,6 +42,7 @@ class Sampling(Strategy):
     """Another seed, other samples. A sample depends on the seed, the source and its place among the samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"beam is {self.beam}; at least 1 sample is needed.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

@@ -89,6 +89,12 @@ def score(metric: Metric, statistics: FloatArray) -> tuple[float, ...]:
     return tuple(float(value) for value in metric.scores(statistics.sum(axis=0, keepdims=True))[0])
 
 
+def try_out(metric: Metric) -> None:
+    """Raise at once what would else stop a long run at its end: a tokenizer that lacks its package or its model."""
+    if not metric.needs_model:
+        metric.statistics(["a"], [["a"]])
+
+
 def setting_pairs(setting: Setting) -> list[str]:
     """Return the first parts of a signature, in sacreBLEU's order and words."""
     pairs = [f"nrefs:{setting.references}"]

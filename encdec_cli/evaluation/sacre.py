@@ -9,6 +9,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -16,8 +17,10 @@ from sacrebleu.metrics.base import Metric as Scorer
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 from sacrebleu.metrics.ter import TER
+from sacrebleu.tokenizers.tokenizer_spm import SPM_MODELS
+from sacrebleu.utils import SACREBLEU_DIR
 
-from encdec_cli.errors import UsageError
+from encdec_cli.errors import ResourceError, UsageError
 from encdec_cli.evaluation.metrics import FloatArray, Metric, Setting, tokenised_warning
 from encdec_cli.registry import nearest
 
@@ -100,7 +103,15 @@ class Bleu(Sacre):
         except (Exception, SystemExit) as error:
             # Some tokenizers need a package or a download, and each fails in a way of its own.
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UsageError(f"bleu: sacreBLEU's tokenizer '{self.tokenize}' cannot be used: {reason}") from error
+            cannot = f"bleu: sacreBLEU's tokenizer '{self.tokenize}' cannot be used"
+            if self.tokenize not in SPM_MODELS:
+                raise UsageError(f"{cannot}: {reason}; choose another with tokenize=….") from error
+            url = SPM_MODELS[self.tokenize]["url"]
+            file = Path(SACREBLEU_DIR, "models", Path(url).name)
+            raise ResourceError(
+                f"{cannot} ({reason}): its model is missing or damaged; put {url} in place as {file}, "
+                "or choose another with tokenize=…."
+            ) from error
 
     def explain(self) -> str:
         """Say what BLEU is."""
@@ -110,8 +121,16 @@ class Bleu(Sacre):
         )
 
     def warnings(self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
-        """Warn of tokenised hypotheses."""
-        return tokenised_warning(hypotheses)
+        """Warn of tokenised hypotheses, and of a BLEU of 0 where words match."""
+        found = tokenised_warning(hypotheses)
+        totals = self.statistics(hypotheses, references).sum(axis=0, keepdims=True)
+        matches = totals[0, 2]  # after the lengths of both sides: the matches of each order
+        if matches and not self.effective_order and not self.scores(totals)[0, 0]:
+            found.append(
+                f"BLEU is 0 although {matches:.0f} words match, since no {self.max_ngram_order} words in a row do; "
+                "for short lines use bleu,effective_order=true."
+            )
+        return found
 
 
 @dataclass(kw_only=True)

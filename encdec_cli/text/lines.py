@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import re
+import shutil
+import stat
 import sys
+import tempfile
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
@@ -159,10 +163,7 @@ def read_lines(path: Path | None, report: LineReport | None = None) -> Iterator[
 
 def _open(path: Path | None, stack: ExitStack) -> tuple[IO[bytes], str]:
     if path is None or str(path) == "-":
-        if sys.stdin is None:
-            raise DataError("stdin is closed; give a file, or write lines to stdin.")
-        # A reader of our own: Python aborts at exit if another thread still waits in sys.stdin's.
-        return _unpacked(open(sys.stdin.fileno(), "rb", closefd=False), _STDIN, False), _STDIN
+        return _unpacked(_stdin(), _STDIN, False), _STDIN
     name = str(path)
     try:
         file = stack.enter_context(path.open("rb"))
@@ -173,6 +174,25 @@ def _open(path: Path | None, stack: ExitStack) -> tuple[IO[bytes], str]:
     except (OSError, ValueError) as error:
         raise DataError(f"{name}: cannot be opened ({error}).") from error
     return _unpacked(file, name, path.suffix == ".gz"), name
+
+
+def _stdin() -> IO[bytes]:
+    if sys.stdin is None:
+        raise DataError("stdin is closed; give a file, or write lines to stdin.")
+    # A reader of our own: Python aborts at exit if another thread still waits in sys.stdin's.
+    return open(sys.stdin.fileno(), "rb", closefd=False)
+
+
+def seekable_stdin() -> int:
+    """Return the place at which stdin begins, for those who read it again; a pipe becomes a temporary file first."""
+    pipe = _stdin()
+    if stat.S_ISREG(os.fstat(pipe.fileno()).st_mode):
+        return os.lseek(pipe.fileno(), 0, os.SEEK_CUR)
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(pipe, copy)
+        copy.flush()
+        os.dup2(copy.fileno(), pipe.fileno())
+    return 0
 
 
 def _unpacked(stream: IO[bytes], name: str, is_gzip: bool) -> IO[bytes]:
