@@ -51,7 +51,7 @@ class Train:
     tokens: int = 4096
     """Most padded tokens of the longer side in one micro-batch."""
     accumulate: int = 1
-    """Micro-batches of one update; on a CPU they are computed side by side, a thread each."""
+    """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
     optimizer: Literal["adam", "adamw", "muon"] = "adamw"
     """The optimizer; adamw decays weights apart from the gradient, muon is adamw with Muon for inner matrices."""
     rate: float = 1e-3

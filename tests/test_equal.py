@@ -16,6 +16,7 @@ from encdec_cli.models.layers import FeedForward, RMSNorm
 from encdec_cli.models.linear import Linear
 from encdec_cli.models.model import Memory
 from encdec_cli.models.positions import Rotary, Sinusoidal
+from encdec_cli.models.softmax import softmax
 from encdec_cli.models.transformer import Transformer
 
 DIM, HEADS, WIDTH = 24, 4, 40
@@ -312,3 +313,18 @@ def test_embeddings_start_with_the_padding_at_zero():
     weight = model.target_embedding.weight
     assert weight[0].abs().max() == 0
     assert weight[1:].std().item() == pytest.approx(64**-0.5, rel=0.03)
+
+
+@pytest.mark.parametrize("width", [1, 7, 14, 31, 32])
+def test_softmax_of_short_rows_and_its_gradient(width):
+    random = torch.Generator().manual_seed(width)
+    scores = (torch.randn(3, 5, width, generator=random) * 4).bfloat16()
+    gradient = torch.randn(3, 5, width, generator=random).bfloat16()
+    results = []
+    for function, dtype in ((softmax, torch.bfloat16), (lambda x: x.softmax(-1), torch.float64)):
+        given = scores.to(dtype, copy=True).requires_grad_()
+        shares = function(given)
+        shares.backward(gradient.to(dtype))
+        results.append((shares.double(), given.grad.double()))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, atol=0.02, rtol=0.02)

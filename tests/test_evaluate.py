@@ -106,7 +106,7 @@ def test_a_silent_pipe_is_told_what_it_waits_for_and_is_waited_for(files):
     process = start("evaluate", "-r", files / "ref", "--score-only")
     try:
         said = process.stderr.readline().decode()
-        assert said.startswith("reading hypotheses from stdin; give FILE")
+        assert said.startswith("still waiting for hypotheses on stdin; give FILE")
         out, rest = process.communicate("".join(f"{h}\n" for h in HYPOTHESES).encode(), timeout=60)
     finally:
         process.kill()

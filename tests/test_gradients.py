@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.data.batch import Batch, collate
+from encdec_cli.models.model import Model
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.gradients import Gradients
 
@@ -39,7 +40,7 @@ def computed(model: nn.Module, threads: int, most: int, number: int = 5, seed: i
     """The workers that were used; loss and gradients of each micro-batch."""
     torch.set_num_threads(threads)
     parameters = list(model.parameters())
-    gradients = Gradients(model, parameters, 0.1, most, probe=batches(1)[0])
+    gradients = Gradients(model, parameters, 0.1, most)
     results = list(gradients.of(batches(number), 0.01, seed))
     gradients.close()
     assert torch.get_num_threads() == threads
@@ -71,7 +72,7 @@ def test_dropout_follows_the_seed_and_differs_between_micro_batches():
     torch.set_num_threads(1)
     twin = batches(1) * 2
     network = model()
-    pair = list(Gradients(network, list(network.parameters()), 0.1, 1, probe=twin[0]).of(twin, 0.01, 3))
+    pair = list(Gradients(network, list(network.parameters()), 0.1, 1).of(twin, 0.01, 3))
     assert pair[0][0] != pair[1][0]
 
 
@@ -93,7 +94,9 @@ def test_gradients_add_up_to_that_of_the_mean_token():
 
 
 class Noisy(Transformer):
-    """Draws from torch's own random numbers, as a plugin with nn.Dropout does."""
+    """Draws from torch's own random numbers, as a plugin with nn.Dropout does, and does not ask for threads."""
+
+    side_by_side = False
 
     def encode(self, source: Tensor, mask: Tensor):
         memory = super().encode(source, mask)
@@ -101,13 +104,28 @@ class Noisy(Transformer):
         return memory
 
 
-def test_a_model_with_random_numbers_of_its_own_is_computed_in_turn():
+def test_a_model_is_computed_in_turn_unless_it_says_otherwise():
     def noisy() -> Noisy:
         torch.manual_seed(1)
         return Noisy(Transformer.Config(1, 1, 16, 2, 16), VOCAB, VOCAB)
 
+    assert not Model.side_by_side
     workers, first = computed(noisy(), threads=2, most=2)
     assert workers == 1
     torch.rand(7)
     _, again = computed(noisy(), threads=2, most=2)
     assert_equal(first, again)
+
+
+class Failing(Transformer):
+    """Fails on one of several micro-batches."""
+
+    def encode(self, source: Tensor, mask: Tensor):
+        if len(source) == 7:
+            raise ValueError("seven rows")
+        return super().encode(source, mask)
+
+
+def test_what_fails_in_a_thread_is_raised():
+    with pytest.raises(ValueError, match="seven rows"):
+        computed(Failing(Transformer.Config(1, 1, 16, 2, 16), VOCAB, VOCAB), threads=2, most=2)

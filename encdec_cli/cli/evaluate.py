@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from encdec_cli.text.example import Example
 
 
-_PATIENCE = 2.0
+_PATIENCE = 5.0
 """Seconds without input after which a user is told that input is awaited."""
 
 
@@ -157,9 +157,7 @@ def _tell_if_waiting() -> None:
     from encdec_cli.cli import console
 
     if sys.stdin is not None and not select.select([sys.stdin.fileno()], [], [], _PATIENCE)[0]:
-        console.say(
-            "reading hypotheses from stdin; give FILE to read a file, or < /dev/null to let the model write them"
-        )
+        console.say("still waiting for hypotheses on stdin; give FILE, or < /dev/null to let the model write them")
 
 
 def _tell_unused(model: Path | None, source: Path | None) -> None:

@@ -17,11 +17,9 @@ _generator: ContextVar[torch.Generator | None] = ContextVar("generator", default
 
 
 @contextmanager
-def drawing(seed: int, device: torch.device) -> Iterator[None]:
-    """Let every draw in this thread follow from `seed`: dropout's own, and torch's where a model draws from that."""
-    seed %= 1 << 63
-    torch.manual_seed(seed)
-    token = _generator.set(torch.Generator().manual_seed(seed) if device.type == "cpu" else None)
+def drawing(seed: int) -> Iterator[None]:
+    """Let dropout on a CPU follow from `seed`, in this thread alone."""
+    token = _generator.set(torch.Generator().manual_seed(seed))
     try:
         yield
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
 
@@ -39,6 +39,9 @@ class Model(nn.Module):
     A subclass nests a dataclass `Config`, whose fields are the keys of the recipe's `model` section.
     """
 
+    side_by_side: ClassVar[bool] = False
+    """Whether several threads may train it at once: nothing is kept on the module in a forward pass, no buffer
+    changes, and all that is random comes from `models.dropout`."""
     max_positions: int | None = None
     """Most tokens of a source or a target, EOS or BOS included; None if there is no limit."""
 

@@ -107,6 +107,8 @@ class Transformer(Model):
     own start normal with standard deviation d_model ** -0.5, the embedding of padding at zero.
     """
 
+    side_by_side = True
+
     @dataclass
     class Config:
         """The keys of a recipe's `model` section for `name: transformer`. Raises ValueError where they do not fit."""

@@ -17,31 +17,31 @@ from encdec_cli.models.model import Model
 from encdec_cli.training.loss import real_rows, token_loss
 
 Gradient = tuple[float, tuple[Tensor | None, ...]]
-"""The summed loss of a micro-batch in nats, and a gradient for each parameter that the loss depends on."""
+"""The summed loss of a micro-batch in nats, and a gradient for each parameter, None where it is not used."""
 
 
 class Gradients:
     """Computes micro-batches of one model; call `close` in the end.
 
-    On a CPU as many micro-batches as there are threads are computed at a time, each by threads of its own: two
-    threads with a micro-batch each are up to 1.4 times as fast as two threads that share every operation. The
-    result of a micro-batch does not depend on its neighbours, so neither does that of an update.
+    On a CPU as many micro-batches as there are threads are computed at a time, if the model allows it
+    (`Model.side_by_side`), and the threads are shared out: two threads with a micro-batch each are up to 1.4 times as
+    fast as two threads that share every operation. A micro-batch does not depend on its neighbours, so neither does
+    the update. Their memory adds up.
 
-    A model that draws from torch's own random numbers, which threads would share (a plugin with nn.Dropout), is
-    computed in turn. `probe`, any batch, shows whether it does.
+    Args:
+        model: in any mode; it is put into training mode.
+        parameters: those that learn.
+        smoothing: label smoothing.
+        most: micro-batches of an update.
     """
 
-    def __init__(
-        self, model: Model, parameters: Sequence[nn.Parameter], smoothing: float, most: int, probe: Batch
-    ) -> None:
+    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], smoothing: float, most: int) -> None:
         self.model = model
         self.parameters = parameters
         self.smoothing = smoothing
         self.threads = torch.get_num_threads()
-        device = parameters[0].device.type
-        self.workers = min(most, self.threads) if device == "cpu" else 1
-        if self.workers > 1 and self._draws_elsewhere(probe):
-            self.workers = 1
+        together = model.side_by_side and parameters[0].device.type == "cpu"
+        self.workers = min(most, self.threads) if together else 1
         self._each = self.threads // self.workers
         self._pool = ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(self._each,))
 
@@ -58,33 +58,26 @@ class Gradients:
             seed: of dropout; micro-batch i draws from a stream of its own.
         """
         self.model.train()
-        jobs = iter([(batch, weight, seed * 1_000_003 + number) for number, batch in enumerate(batches)])
+        jobs = iter([(batch, weight, (seed * 1_000_003 + number) % (1 << 63)) for number, batch in enumerate(batches)])
         if self.workers == 1:
-            yield from (self._one(*job) for job in jobs)
+            for job in jobs:
+                torch.manual_seed(job[2])  # for a model that draws from there
+                yield self._one(*job)
             return
-        while group := list(islice(jobs, self.workers)):  # no more gradients in memory than are computed together
+        while group := list(islice(jobs, self.workers)):
             with self._few_threads():
                 done = list(self._pool.map(lambda job: self._one(*job), group))
-            yield from done
+            while done:  # given away one by one, so that no gradient outlives its use
+                yield done.pop(0)
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
         target = batch.known_target
-        with drawing(seed, batch.source.device):
+        with drawing(seed):
             hidden = self.model(batch.source, batch.source_mask, target[:, :-1])
             rows, labels = real_rows(hidden, target[:, 1:])
             loss, _ = token_loss(rows, self.model.project, labels, self.smoothing, self.parameters, weight=weight)
-            gradients: Any = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients: Any = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return float(loss.detach()) / weight, gradients
-
-    def _draws_elsewhere(self, probe: Batch) -> bool:
-        before = torch.get_rng_state()
-        self.model.train()
-        with torch.no_grad(), drawing(0, probe.source.device):
-            seeded = torch.get_rng_state()
-            self.model(probe.source, probe.source_mask, probe.known_target[:, :-1])
-            drawn = not torch.equal(torch.get_rng_state(), seeded)
-        torch.set_rng_state(before)
-        return drawn
 
     @contextmanager
     def _few_threads(self) -> Iterator[None]:

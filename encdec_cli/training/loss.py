@@ -55,7 +55,7 @@ def token_loss(
     """
     if target.numel() == 0:
         return hidden.float().sum() * 0.0, 0
-    used, vocab = _probe(hidden, project, parameters)
+    used, vocab = used_by(project, hidden, parameters)
     size = max(8, chunk // vocab)
     if torch.is_grad_enabled() and (used or hidden.requires_grad):
         settings = (smoothing, weight, size)
@@ -68,7 +68,7 @@ def token_loss(
     return total * weight, target.numel()
 
 
-def _probe(hidden: Tensor, project: Project, parameters: Sequence[Tensor]) -> tuple[list[Tensor], int]:
+def used_by(project: Project, hidden: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Tensor], int]:
     """Return which of `parameters` `project` uses, and the size of the vocabulary, by projecting one row."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
     logits = project(hidden[:1].detach())

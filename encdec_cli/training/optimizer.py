@@ -75,7 +75,7 @@ class Optimizer:
             if gradient is None:
                 continue
             if weight.gradient is None:
-                weight.gradient = gradient.float()
+                weight.gradient = gradient.to(torch.float32, copy=True)  # it may share its memory
             else:
                 weight.gradient += gradient
 
@@ -103,11 +103,6 @@ class Optimizer:
         for weight in self._weights:
             weight.gradient = None
             _publish(weight)
-
-    def discard(self) -> None:
-        """Forget the collected gradients without an update."""
-        for weight in self._weights:
-            weight.gradient = None
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""

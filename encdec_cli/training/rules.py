@@ -5,26 +5,29 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from encdec_cli.data.batch import Batch
+from encdec_cli.models.model import Model
 from encdec_cli.recipe import Train
 from encdec_cli.training.adam import Adam
+from encdec_cli.training.loss import used_by
 from encdec_cli.training.muon import Muon
 from encdec_cli.training.optimizer import Optimizer
 
 
-def make_optimizer(model: nn.Module, train: Train, vocabularies: tuple[int, int], dtype: torch.dtype) -> Optimizer:
+def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype) -> Optimizer:
     """Build the optimizer of a recipe for a model that still is fp32.
 
     Args:
         model: whose parameters are to learn.
         train: the recipe's section.
-        vocabularies: the sizes of both, by which matrices with a row for each token are told from others.
+        batch: any training examples; see `hidden_matrices`.
         dtype: in which the model will compute.
     """
     first, second = train.betas
     adam = Adam(train.optimizer != "adam", (first, second), weight_decay=train.weight_decay)
-    named = dict(model.named_parameters())
-    inner = hidden_matrices(model, vocabularies) if train.optimizer == "muon" else set()
     muon = Muon(weight_decay=train.weight_decay, dtype=dtype)
+    named = dict(model.named_parameters())
+    inner = hidden_matrices(model, batch) if train.optimizer == "muon" else set()
     return Optimizer(
         [
             (muon, [(name, p) for name, p in named.items() if name in inner]),
@@ -33,11 +36,13 @@ def make_optimizer(model: nn.Module, train: Train, vocabularies: tuple[int, int]
     )
 
 
-def hidden_matrices(model: nn.Module, vocabularies: tuple[int, int]) -> set[str]:
-    """Return the names of the matrices between layers: neither embeddings nor the output layer."""
-    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    return {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 2 and id(parameter) not in tables and parameter.shape[0] not in vocabularies
-    }
+def hidden_matrices(model: Model, batch: Batch) -> set[str]:
+    """Return the names of the matrices between layers: neither embeddings nor used by the output layer.
+
+    What `project` uses is found by a pass over `batch`.
+    """
+    with torch.no_grad():
+        hidden = model(batch.source, batch.source_mask, batch.known_target[:, :-1])
+    tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    others = {id(p) for p in (*tables, *used_by(model.project, hidden.flatten(0, 1), list(model.parameters()))[0])}
+    return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in others}

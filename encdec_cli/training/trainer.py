@@ -84,23 +84,14 @@ class Trainer:
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
         chosen = precision.choose(self.train.precision, setting.device)
-        vocabularies = len(source.vocabulary), len(target.vocabulary)
-        self.optimizer = make_optimizer(model, self.train, vocabularies, chosen.dtype)
+        self.store = setting.data.store("train")
+        self.optimizer = make_optimizer(model, self.train, self._load(np.array([0])), chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
-        store = setting.data.store("train")
-        self.sampler = Sampler(
-            store.source_lengths, store.target_lengths, self.train.tokens, setting.data.data_hash, self.train.seed
-        )
-        self.store = store
+        lengths = self.store.source_lengths, self.store.target_lengths
+        self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        self.gradients = Gradients(
-            model,
-            self.optimizer.parameters,
-            self.train.label_smoothing,
-            self.train.accumulate,
-            self._load(np.array([0])),
-        )
+        self.gradients = Gradients(model, self.optimizer.parameters, self.train.label_smoothing, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
@@ -144,13 +135,16 @@ class Trainer:
             )
 
     def try_largest(self) -> tuple[int, int]:
-        """Run the largest micro-batch and decode one batch of the longest sources, then forget both.
+        """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
 
         Returns the number of weights and of micro-batches in an epoch. Raises what training would raise.
         """
         batches = self.sampler.batches(0)
-        largest = max(batches, key=lambda rows: len(rows) * int(self.store.target_lengths[rows].max() + 1))
-        list(self.gradients.of([self._load(largest)] * self.gradients.workers, 1.0, 0))
+        for lengths in (self.store.target_lengths, self.store.source_lengths):
+            sizes = [len(rows) * int(lengths[rows].max() + 1) ** 2 for rows in batches]
+            largest = self._load(batches[sizes.index(max(sizes))])
+            list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
+        self.gradients.close()
         self.validation.try_longest(self.bundle)
         return sum(parameter.numel() for parameter in self.model.parameters()), len(batches)
 

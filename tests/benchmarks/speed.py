@@ -146,7 +146,7 @@ def our_training(
     optimizer = Optimizer([(Adam(decoupled=False), model.named_parameters())])
     choose(precision, "cpu").apply(model)
     updates = [micro_batches(*pair, accumulate) for pair in batches]
-    gradients = Gradients(model, optimizer.parameters, 0.1, accumulate, probe=updates[0][0])
+    gradients = Gradients(model, optimizer.parameters, 0.1, accumulate)
 
     def run() -> int:
         for parts in updates:
