@@ -97,6 +97,14 @@ def test_a_model_of_a_plugin_is_trained_and_used(gru_run, gru_lines):
     assert any(gru_lines)
 
 
+def test_a_model_named_in_the_plugins_of_a_recipe(tmp_path):
+    recipe = copy_task(tmp_path / "corpus")
+    recipe.write_text(f"plugins: ['{GRU}']\n" + recipe.read_text())
+    done = encdec("train", recipe, GRU_MODEL, "--dry-run", "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "the recipe is good" in done.stderr
+
+
 def test_a_bundle_runs_no_code_and_tells_which_plugin_it_needs(gru_run):
     done = encdec("generate", "--model", gru_run, stdin=LINES)
     assert (done.returncode, done.stdout) == (5, "")

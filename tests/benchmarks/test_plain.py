@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -71,3 +74,18 @@ def test_every_way_of_training_learns_from_the_same_tokens() -> None:
     ticks = iter(range(100))
     speeds = measure(variants, 1, lambda: float(next(ticks)))
     assert len({values[0] for values in speeds.values()}) == 1
+
+
+def test_the_command_prints_a_table_for_each_half() -> None:
+    sizes = "--vocabulary 60 --tokens 200 --batches 1 --sentences 4 --batch 4 --beam 2 --repetitions 1"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.speed", *sizes.split()],
+        cwd=Path(__file__).parent.parent.parent,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "\ntraining\n" in done.stdout
+    assert "\nbeam 2\n" in done.stdout
+    assert "nn.Transformer, autocast bf16" in done.stdout
