@@ -88,18 +88,25 @@ def test_killed_at_any_moment_and_started_again(request, tmp_path, fixture, over
     assert not [path for path in run.rglob("*") if ".tmp-" in path.name or path.name.endswith(".old")]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(unbroken, tmp_path, number, code):
-    recipe, expected = unbroken
+@pytest.mark.parametrize(
+    ("fixture", "overrides", "number", "code"),
+    [
+        ("unbroken", IN_TURN, signal.SIGTERM, 143),
+        ("unbroken", IN_TURN, signal.SIGINT, 130),
+        ("unbroken_side_by_side", SIDE_BY_SIDE, signal.SIGINT, 130),
+    ],
+)
+def test_a_signal_saves_and_leaves(request, tmp_path, fixture, overrides, number, code):
+    recipe, expected = request.getfixturevalue(fixture)
     run = tmp_path / "run"
-    process = start("train", recipe, "train.average=2", "train.save_every=1000", "--output", run, stdin=-3)
+    process = start("train", recipe, *overrides, "train.save_every=1000", "--output", run, stdin=-3)
     assert wait_for(lambda: lines_of(run / "log.jsonl") >= 2, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, errors.decode()
     assert b"Traceback" not in errors
     assert list((run / "checkpoints").iterdir()), "nothing was saved"
-    done = encdec("train", recipe, "train.average=2", "--output", run)
+    done = encdec("train", recipe, *overrides, "--output", run)
     assert done.returncode == 0, done.stderr
     found = fingerprint(run)
     assert found["log"] == expected["log"]
