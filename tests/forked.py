@@ -128,7 +128,7 @@ class Forks:
         for command in self._commands:
             command.send(signal.SIGKILL)
         self._parent.stdin.close()
-        self._parent.wait(timeout=10)
+        self._parent.wait(timeout=60)
 
 
 def serve() -> None:
