@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -107,6 +108,13 @@ def copy_task(folder: Path, train: int = 600, held_out: int = 40, reverse: bool 
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(root=folder))
     return recipe
+
+
+@pytest.fixture(scope="session", autouse=True)
+def usual_signals():
+    """Let commands under test get signals although a shell in the background, or nohup, has them ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture

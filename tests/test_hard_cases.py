@@ -181,7 +181,7 @@ def test_bad_input_is_named_and_mended_input_is_learned_from(forks, recipe, tmp_
 def test_no_room_while_data_is_prepared(forks, finished, tmp_path):
     recipe, unbroken = finished
     refused(forks("train", recipe, *SHORT, "--output", tmp_path / "run", file_limit=3000), 6, "disk full", "data")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+    assert not (tmp_path / "run").exists()
     done = forks("train", recipe, *SHORT, "--output", tmp_path / "run")
     assert done.wait() == 0, done.stderr
     assert fingerprint(tmp_path / "run") == fingerprint(unbroken)

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -91,6 +92,12 @@ def main() -> NoReturn:
     except OSError as error:
         _discard_stdout()
         code = code or _report(error, debug)
+    if any(thread.daemon for thread in threading.enumerate()):
+        # One still waits for stdin. Python would end it by force as its last act, and with C++ libraries in the
+        # process that now and then aborts.
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
