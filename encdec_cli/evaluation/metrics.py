@@ -83,6 +83,10 @@ class Metric(ABC):
         """Return sentences on what in these texts makes the numbers doubtful."""
         return []
 
+    def doubts(self, statistics: FloatArray) -> list[str]:
+        """Return sentences on what in the statistics [segments, k] makes the numbers doubtful."""
+        return []
+
 
 def score(metric: Metric, statistics: FloatArray) -> tuple[float, ...]:
     """Return the corpus scores of statistics [segments, k], one for each of the metric's names."""

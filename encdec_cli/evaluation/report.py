@@ -101,16 +101,16 @@ def evaluate(metrics: Sequence[Metric], outputs: Outputs, resampling: Resampling
     """
     report = Report(segments=len(outputs.references[0]), references=len(outputs.references), scores=[])
     for metric in metrics:
-        report.scores += _scores(metric, outputs, resampling)
-        report.warnings += _warnings(metric, outputs, resampling)
+        system = _statistics(metric, outputs, outputs.hypotheses)
+        report.scores += _scores(metric, outputs, system, resampling)
+        report.warnings += [*_warnings(metric, outputs, resampling), *metric.doubts(system)]
     if outputs.baseline is not None and outputs.hypotheses is not None:
         report.warnings += _difference_warnings(outputs.hypotheses, outputs.baseline)
     report.warnings = list(dict.fromkeys(report.warnings))
     return report
 
 
-def _scores(metric: Metric, outputs: Outputs, resampling: Resampling) -> list[Score]:
-    system = _statistics(metric, outputs, outputs.hypotheses)
+def _scores(metric: Metric, outputs: Outputs, system: FloatArray, resampling: Resampling) -> list[Score]:
     paired = outputs.baseline is not None and not metric.needs_model
     baseline = _statistics(metric, outputs, outputs.baseline) if paired else None
     tested = paired and not metric.no_resampling

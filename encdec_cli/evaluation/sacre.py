@@ -121,16 +121,19 @@ class Bleu(Sacre):
         )
 
     def warnings(self, hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> list[str]:
-        """Warn of tokenised hypotheses, and of a BLEU of 0 where words match."""
-        found = tokenised_warning(hypotheses)
-        totals = self.statistics(hypotheses, references).sum(axis=0, keepdims=True)
+        """Warn of tokenised hypotheses."""
+        return tokenised_warning(hypotheses)
+
+    def doubts(self, statistics: FloatArray) -> list[str]:
+        """Warn of a BLEU of 0 where words match."""
+        totals = statistics.sum(axis=0, keepdims=True)
         matches = totals[0, 2]  # after the lengths of both sides: the matches of each order
-        if matches and not self.effective_order and not self.scores(totals)[0, 0]:
-            found.append(
-                f"BLEU is 0 although {matches:.0f} words match, since no {self.max_ngram_order} words in a row do; "
-                "for short lines use bleu,effective_order=true."
-            )
-        return found
+        if not matches or self.effective_order or self.scores(totals)[0, 0]:
+            return []
+        return [
+            f"BLEU is 0 although {matches:.0f} words match, since no {self.max_ngram_order} words in a row do; "
+            "for short lines use bleu,effective_order=true."
+        ]
 
 
 @dataclass(kw_only=True)

@@ -26,8 +26,8 @@ class Gradients:
     On a CPU as many micro-batches as there are threads are computed at a time, if the model allows it
     (`Model.side_by_side`), and the threads are shared out: two threads with a small micro-batch each are 1.3 times as
     fast as two threads that share every operation (a model of width 128, 1,024 tokens; with 2,048 tokens and width 256
-    it makes no difference). A micro-batch does not depend on its neighbours, so neither does
-    the update. Their memory adds up.
+    it makes no difference). A micro-batch does not depend on its neighbours, so neither does the update. Their memory
+    adds up.
 
     Args:
         model: in any mode; it is put into training mode.
