@@ -136,6 +136,9 @@ class Recipe:
 SECTIONS = ("plugins", "task", "data", "text", "model", "train", "decoding")
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
+DATA_SECTIONS = ("task", "data", "text")
+"""Those that decide the prepared data."""
+
 
 def load(
     path: Path,

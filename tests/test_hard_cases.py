@@ -419,6 +419,15 @@ def test_what_a_run_cannot_go_on_with(forks, copied, change, words):
     assert "nothing to do" in done.stderr
 
 
+@pytest.mark.parametrize("command", ["train", "preprocess"])
+def test_a_refused_run_keeps_its_data(forks, copied, command):
+    recipe, run = copied
+    before = {path: path.read_bytes() for path in (run / "data").iterdir()}
+    words = "its training data are others (text.vocabulary was 40, is 9)"
+    refused(forks(command, recipe, *SHORT, "text.vocabulary=9", "--output", run), 2, words, "--output FOLDER")
+    assert {path: path.read_bytes() for path in (run / "data").iterdir()} == before
+
+
 def test_changed_training_data_are_refused(forks, recipe, tmp_path):
     run = tmp_path / "run"
     assert forks("train", recipe, *SHORT, "--output", run).wait() == 0

@@ -65,7 +65,8 @@ VALID = [("a", "x"), ("a b c a b c a b c", "y"), ("", "z"), ("b", None)]
 def run(
     folder: Path, corpus: Corpus, text: Text | None = None, task: Task | None = None, said: list[str] | None = None
 ):
-    return prepare(task or Task(), corpus, text or Text(), "mark", folder, (said if said is not None else []).append)
+    say = (said if said is not None else []).append
+    return prepare(task or Task(), corpus, text or Text(), "mark", folder, say, lambda data_hash: None)
 
 
 def words(prepared: Prepared, split: str) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def commands() -> list[str]:
     return [*first, *lines[2:]]
 
 
-def test_every_command_runs(folder):
+@pytest.fixture(scope="module")
+def outputs(folder):
+    """What each command of the README writes to stdout."""
     outputs = {}
     for command in commands():
         done = shell(folder, quicker(command))
@@ -72,10 +75,38 @@ def test_every_command_runs(folder):
         assert done.returncode == 0 or ("| head" in command and done.returncode == 141), f"{command}\n{done.stderr}"
         assert "Traceback" not in done.stderr, f"{command}\n{done.stderr}"
         outputs[command] = done.stdout
+    return outputs
+
+
+def test_every_command_runs(folder, outputs):
     assert (folder / "out.txt").read_text().count("\n") == 3
     assert (folder / "out.txt").read_text().split("\n")[1] == ""
     assert outputs["encdec evaluate --metric bleu"].startswith("BLEU = ")
     assert "transformer" in outputs["encdec list"]
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "metric"),
+    [
+        ("summarization", '{"id": 7, "document": "Return the sum of a and b, which must be numbers."}', "ROUGE-L"),
+        ("dialogue", '{"id": 7, "turns": ["Hello", "Hi there!", "What are you?"]}', "F1"),
+    ],
+)
+@pytest.mark.usefixtures("outputs")
+def test_the_other_tasks_have_all_commands_too(folder, name, line, metric):
+    model = f"--model runs/{name}"
+    written = shell(folder, f"printf '%s\\n\\n' '{line}' | encdec generate --beam 2 --json {model}")
+    assert written.returncode == 0, written.stderr
+    first, second = map(json.loads, written.stdout.splitlines())
+    assert first["id"] == 7
+    assert (first["status"] == "empty", second["status"]) == (False, "empty")
+    judged = shell(folder, f"encdec evaluate {model}")
+    assert judged.returncode == 0, judged.stderr
+    assert metric in judged.stdout
+    exported = shell(folder, f"encdec export --to ctranslate2 --check {model}")
+    assert exported.returncode == 0, exported.stderr
+    assert "equal" in exported.stdout
+    assert (folder / f"{name}-ctranslate2" / "model.bin").is_file()
 
 
 def test_the_commands_of_the_mission_stand_in_it():

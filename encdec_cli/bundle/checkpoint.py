@@ -95,6 +95,16 @@ def models(folder: Path) -> set[str]:
     return wanted - {""}
 
 
+def newest_facts(folder: Path) -> dict[str, Any] | None:
+    """Return the facts of the newest checkpoint below `folder` that can be read, or None; nothing is verified."""
+    for step in reversed(steps(folder)):
+        try:
+            return _progress(folder / step_name(step))[1]
+        except BundleError:
+            continue  # `load_newest` says so when the time comes
+    return None
+
+
 def recover(folder: Path) -> None:
     """Bring in order what a killed process left unfinished below `folder`. Call it under the lock of the run."""
     if folder.is_dir():

@@ -58,9 +58,8 @@ def export(
     """
     from encdec_cli.bundle.export import DisagreementError
     from encdec_cli.bundle.export import export as write
-    from encdec_cli.bundle.run import default_model
     from encdec_cli.cli import console
-    from encdec_cli.cli.models import load_bundles
+    from encdec_cli.cli.models import load_bundles, model_or_default
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import load_plugins
 
@@ -68,9 +67,7 @@ def export(
         raise UsageError("--probe FILE: only --check compares anything; add --check.")
     load_plugins(plugin or [])
     exporter = _exporter(to, quantize)
-    if model is None:
-        model, why = default_model()
-        console.say(f"model: {model} ({why})")
+    model = model_or_default(model)
     bundle = load_bundles([model], "cpu", plugin or [])[0]
     folder = output or Path(f"{_name(model)}-{to}")
     try:

@@ -23,12 +23,12 @@ def preprocess(
     """
     from encdec_cli.bundle.run import data_folder, default_run, locked
     from encdec_cli.cli import console
-    from encdec_cli.recipe import load
+    from encdec_cli.recipe import DATA_SECTIONS, load
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.signals import watched
 
     run = output or default_run(recipe)
-    loaded = load(recipe, overrides or [], plugins=plugin or [], sections={"task", "data", "text"})
+    loaded = load(recipe, overrides or [], plugins=plugin or [], sections=DATA_SECTIONS)
     with locked(run), watched():
         prepared, made = prepared_data(loaded, run, console.say)
     if not made:

@@ -35,12 +35,19 @@ def is_current(folder: Path, fingerprint: str) -> bool:
 
 
 def prepare(
-    task: Task, corpus: Corpus, text: Text, fingerprint: str, folder: Path, say: Callable[[str], None]
+    task: Task,
+    corpus: Corpus,
+    text: Text,
+    fingerprint: str,
+    folder: Path,
+    say: Callable[[str], None],
+    accept: Callable[[str], None],
 ) -> Prepared:
     """Read every split of a corpus, train the tokenizers, and commit `folder` in one step; then open it.
 
     Call it where no other process can be writing `folder` (under the lock of its run). The corpus is read
-    as a stream, more than once: to train the tokenizers, then to encode. `say` is given sentences for the user.
+    as a stream, more than once: to train the tokenizers, then to encode. `say` is given sentences for the user;
+    `accept` is given the hash of the data before they take the place of others, and may raise.
 
     Raises:
         DataError: if a split has examples but none that can be used, training has none at all, an example is
@@ -60,6 +67,7 @@ def prepare(
             split.statistics.check_usable()
         notes = [*corpus.notes(), *(note for split in splits.values() for note in split.statistics.sentences())]
         facts = _facts(text, fingerprint, tokenizers, splits, notes)
+        accept(facts["data_hash"])
         (temporary / FACTS).write_bytes(atomic.json_bytes(facts))
     for note in notes:
         say(note)

@@ -58,7 +58,7 @@ class Learned(nn.Embedding):
         super().__init__(max_positions, dim)
         nn.init.normal_(self.weight, std=dim**-0.5)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:  # a place is known without being looked up
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Add to x [rows, len, dim] the positions from `start` on; raise ValueError beyond the last one."""
         end = start + x.shape[1]
         if end > len(self.weight):

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from encdec_cli import atomic
 from encdec_cli.bundle.run import data_folder
 from encdec_cli.data.prepare import Prepared, is_current, prepare
-from encdec_cli.recipe import Recipe, fingerprint
+from encdec_cli.recipe import DATA_SECTIONS, Recipe, fingerprint
 
 
 def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tuple[Prepared, bool]:
     """Return the run's prepared data, and whether it had to be made now.
 
-    Call it under the lock of the run. `say` is given sentences for the user.
+    Call it under the lock of the run. `say` is given sentences for the user. Raises UsageError, and leaves what is
+    there, if the run has learned from other data.
     """
     folder = data_folder(run)
     atomic.recover(folder)
     corpus = recipe.data.config
     # The module of a plugin's class has the hash of its file in its name: other code, other data.
     code = f"{recipe.task.cls.__module__} {recipe.data.cls.__module__}"
-    mark = f"{fingerprint(recipe, ('task', 'data', 'text'))} {corpus.fingerprint()} {code}"
+    mark = f"{fingerprint(recipe, DATA_SECTIONS)} {corpus.fingerprint()} {code}"
     if is_current(folder, mark):
         return Prepared.open(folder), False
     say(f"preparing data in {folder}")
-    return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say), True
+    return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say, partial(_accept, recipe, run)), True
+
+
+def _accept(recipe: Recipe, run: Path, data_hash: str) -> None:
+    if (run / "checkpoints").is_dir():
+        from encdec_cli.training import resume  # here, since it needs torch: `preprocess` does not
+
+        resume.check_data(recipe, data_hash, run)

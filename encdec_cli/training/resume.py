@@ -9,12 +9,12 @@ from typing import Any
 import torch
 
 from encdec_cli import __version__
+from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import UsageError
-from encdec_cli.recipe import Recipe, resolved
+from encdec_cli.recipe import DATA_SECTIONS, Recipe, resolved
 
 _FIXED = ("model",)
 _FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed")
-_DATA = ("task", "data", "text")
 
 
 def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:
@@ -34,11 +34,28 @@ def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[st
     changed = _differences(_comparable(old), _comparable(new))
     fatal = {key: value for key, value in changed.items() if _is_fixed(key)}
     if fatal:
-        listed = "; ".join(_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items()))
-        raise UsageError(f"{run}: this run cannot go on: {listed}; change it back, or start anew with --output FOLDER.")
+        raise _refusal(run, [_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items())])
     for key, (a, b) in sorted(changed.items()):
         exact = "" if key.startswith("recipe.") else "; the weights will not be bit-identical to an unbroken run's"
         say(f"note: {key.removeprefix('recipe.')} was {a!r}, is now {b!r}{exact}")
+
+
+def check_data(recipe: Recipe, data_hash: str, run: Path) -> None:
+    """Raise UsageError if the run has learned from other data than those of this hash.
+
+    Only the recipe's task, data and text need to be checked. Call it before data are replaced: a run that is refused
+    must find its own as they were.
+    """
+    old = checkpoint.newest_facts(run / "checkpoints")
+    if old is not None and old["data_hash"] != data_hash:
+        sections = {name: old["recipe"][name] for name in DATA_SECTIONS}
+        changed = _differences(_flat(sections), _flat(resolved(recipe, DATA_SECTIONS)))
+        raise _refusal(run, [_verdict("data_hash", old["data_hash"], data_hash, changed)])
+
+
+def _refusal(run: Path, verdicts: list[str]) -> UsageError:
+    listed = "; ".join(verdicts)
+    return UsageError(f"{run}: this run cannot go on: {listed}; change it back, or start anew with --output FOLDER.")
 
 
 def _verdict(key: str, old: Any, new: Any, changed: dict[str, tuple[Any, Any]]) -> str:
@@ -49,16 +66,19 @@ def _verdict(key: str, old: Any, new: Any, changed: dict[str, tuple[Any, Any]]) 
 
 
 def _is_data(key: str) -> bool:
-    return key.startswith("recipe.") and key.split(".")[1] in _DATA
+    return key.startswith("recipe.") and key.split(".")[1] in DATA_SECTIONS
 
 
 def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for section, value in facts_["recipe"].items():
-        if isinstance(value, dict):
-            flat |= {f"recipe.{section}.{key}": v for key, v in value.items()}
+    flat = _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}
+
+
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a resolved recipe as `recipe.section.key`."""
+    mappings = {name: value for name, value in sections.items() if isinstance(value, dict)}
+    return {f"recipe.{name}.{key}": v for name, value in mappings.items() for key, v in value.items()}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
