@@ -110,7 +110,7 @@ def test_equal_scores_go_to_the_lowest_token():
 
 
 def test_a_rule_changes_the_output():
-    def no_third_a(scores, prefix):
+    def no_third_a(scores, prefix, sentences):
         if prefix.shape[1] >= 2:
             scores[:, A] = -torch.inf
         return scores
@@ -122,7 +122,7 @@ def test_a_rule_changes_the_output():
 
 
 def test_a_rule_that_forbids_everything_leaves_what_was_written():
-    def stop(scores, prefix):
+    def stop(scores, prefix, sentences):
         return scores if prefix.shape[1] < 2 else torch.full_like(scores, -torch.inf)
 
     found = run(Beam(beam=2), Scripted(ENDLESS, GARDEN), rules=[stop], minimum=2)
@@ -132,19 +132,33 @@ def test_a_rule_that_forbids_everything_leaves_what_was_written():
 
 def test_a_rule_that_changes_nothing_changes_nothing():
     model, lines = TinyGru(), [[5, 6, 7, EOS], [20, EOS], [9, 9, EOS]]
-    with_rule = run(Beam(beam=4), model, lines=lines, rules=[lambda scores, prefix: scores])
+    with_rule = run(Beam(beam=4), model, lines=lines, rules=[lambda scores, prefix, sentences: scores])
     assert with_rule == run(Beam(beam=4), model, lines=lines)
 
 
 def test_the_prefix_a_rule_sees_is_the_one_written():
     seen = []
 
-    def look(scores, prefix):
-        seen.append(prefix.tolist())
+    def look(scores, prefix, sentences):
+        seen.append((prefix.tolist(), sentences.tolist()))
         return scores
 
     run(Beam(beam=1), Scripted(GARDEN), rules=[look])
-    assert seen == [[[]], [[A]], [[A, A]]]
+    assert seen == [([[]], [0]), ([[A]], [0]), ([[A, A]], [0])]
+
+
+def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left():
+    """One that lets each sentence write its own token alone, for as long as its place in the batch says."""
+    lengths = torch.tensor([1, 6, 2, 9, 3, 4])
+
+    def own_token(scores, prefix, sentences):
+        allowed = torch.where(prefix.shape[1] < lengths[sentences], 4 + sentences % 3, EOS)
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, allowed[:, None], True)
+        return scores.masked_fill(~keep, -torch.inf)
+
+    for beam in (1, 3):
+        found = run(Beam(beam=beam), TinyGru(), maximum=10, lines=[[5, EOS]] * 6, rules=[own_token])
+        assert [one[0].tokens for one in found] == [[4 + i % 3] * n for i, n in enumerate(lengths.tolist())]
 
 
 @pytest.mark.parametrize("wrong", [{"beam": 0}, {"length_penalty": math.nan}])

@@ -19,7 +19,7 @@ from encdec_cli.cli.export import export as export_command
 from encdec_cli.data.batch import collate
 from encdec_cli.decoding.force import score_targets
 from encdec_cli.errors import DataError, UsageError
-from encdec_cli.generation import Options, generate
+from encdec_cli.generation.lines import Options, generate
 from encdec_cli.recipe import from_resolved, resolved
 from encdec_cli.registry import load_plugin
 from encdec_cli.text.example import Example

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.generation import Options, generate
+from encdec_cli.generation.lines import Options, generate
 from encdec_cli.text.example import Example
 from tests.conftest import encdec, environment, start
 

@@ -188,7 +188,7 @@ def test_minimum_and_banned_tokens_hold_for_samples():
     assert set(firsts(Sampling(), count=200, table=table, minimum=1)) == {A, B}
 
 
-def no_token_twice(scores, prefix):
+def no_token_twice(scores, prefix, sentences):
     return scores.scatter(1, prefix, -torch.inf)
 
 
@@ -201,7 +201,7 @@ def test_rules_hold_for_samples_and_scores_stay_the_model_s():
             last = 0.0 if one.tokens[-1:] == [B] else math.log(0.125)
             assert one.token_scores[-1] == pytest.approx(last)
 
-    def stop(scores, prefix):
+    def stop(scores, prefix, sentences):
         return torch.full_like(scores, -torch.inf)
 
     for options in ({}, {"temperature": 0}, {"top_p": 0.5}):

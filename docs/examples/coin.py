@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from encdec_cli.decoding.draw import streams, uniform
-from encdec_cli.decoding.frontier import Walk, ruled
+from encdec_cli.decoding.frontier import Walk
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.stepper import Stepper
@@ -23,10 +23,10 @@ class Coin(Strategy):
 
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
         """Return one output for each sentence."""
-        walk = Walk(stepper, limits)
+        walk = Walk(stepper, limits, rules)
         coins = streams(1, stepper.keys, self.beam, stepper.device)
         while not walk.done:
-            log_probs, tokens = ruled(walk.step(), rules, walk.tokens).top(2)
-            side = (uniform(coins[walk.origin], walk.written) >= self.bias).long()[:, None]
-            walk.move(tokens.gather(1, side)[:, 0], log_probs.gather(1, side)[:, 0])
+            tokens = walk.step().top(2)[1]
+            side = (uniform(coins[walk.origin], walk.written) >= self.bias).long()
+            walk.move(tokens.gather(1, side[:, None])[:, 0])
         return walk.best()

@@ -35,7 +35,7 @@ def chat(
     from encdec_cli.cli.generate import choose_strategy
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.errors import UsageError
-    from encdec_cli.generation import Options, first_text, generate
+    from encdec_cli.generation.lines import Options, first_text, generate
     from encdec_cli.tasks.dialogue import Dialogue
 
     bundle = load_bundles([model] if model else [], device, plugin or [])[0]

@@ -237,8 +237,9 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     """Let the model write missing hypotheses, and score the references where a metric wants it."""
     from encdec_cli.evaluation.likelihood import likelihoods
     from encdec_cli.evaluation.metrics import check_lengths
-    from encdec_cli.generation import WINDOW_BATCHES, Options, first_text, generate
+    from encdec_cli.generation.lines import WINDOW_BATCHES, Options, first_text, generate
     from encdec_cli.text.windows import full_windows
+    from encdec_cli.training.machine import decoding_workers
 
     to_write = outputs.hypotheses is None and not all(metric.needs_model for metric in chosen)
     to_score = any(metric.needs_model for metric in chosen)
@@ -247,7 +248,7 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     examples = _examples(bundle, source)
     check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
     if to_write:
-        options = Options(bundle.recipe.decoding.config)
+        options = Options(bundle.recipe.decoding.config, workers=decoding_workers(bundle.device.type))
         windows = full_windows(examples, options.batch * WINDOW_BATCHES)
         outputs.hypotheses = [first_text(result) for result in generate([bundle], windows, options)]
     if to_score:

@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +20,7 @@ from encdec_cli.cli.options import DeviceOption, PluginOption, StrategyOption
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.hypothesis import Strategy
-    from encdec_cli.generation import Generated, Options
+    from encdec_cli.generation.lines import Generated, Options
     from encdec_cli.text.example import Example
     from encdec_cli.text.lines import LineReport
 
@@ -32,36 +33,53 @@ class Precision(str, Enum):
     auto = "auto"
 
 
+FileArgument = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="Input, plain or .gz. [default: stdin]", show_default=False)
+]
+ModelsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]",
+    ),
+]
+BeamOption = Annotated[int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each line.")]
+NBestOption = Annotated[int, typer.Option("--n-best", metavar="N", min=1, help="Outputs a line, separated by TAB.")]
+ScoresOption = Annotated[bool, typer.Option("--scores", help="Put the score and a TAB before each output.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
+]
+BatchOption = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", metavar="N", min=1, help="Processes that decode on a CPU. [default: one a core]"),
+]
+ExactOption = Annotated[
+    bool, typer.Option("--exact", help="Decode each line alone: no bit depends on batches, threads or neighbours.")
+]
+PrecisionOption = Annotated[
+    Precision,
+    typer.Option(
+        "--precision", metavar="|".join(Precision), help="bf16 is faster where the machine multiplies it fast."
+    ),
+]
+
+
 def generate(
-    file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="Input, plain or .gz. [default: stdin]", show_default=False)
-    ] = None,
-    model: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="PATH",
-            help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]",
-        ),
-    ] = None,
-    beam: Annotated[
-        int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each line.")
-    ] = None,
+    file: FileArgument = None,
+    model: ModelsOption = None,
+    beam: BeamOption = None,
     strategy: StrategyOption = None,
-    n_best: Annotated[int, typer.Option("--n-best", metavar="N", min=1, help="Outputs a line, separated by TAB.")] = 1,
-    scores: Annotated[bool, typer.Option("--scores", help="Put the score and a TAB before each output.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
-    ] = False,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")] = 64,
+    n_best: NBestOption = 1,
+    scores: ScoresOption = False,
+    as_json: JsonOption = False,
+    batch: BatchOption = 64,
+    workers: WorkersOption = None,
+    exact: ExactOption = False,
     device: DeviceOption = "cpu",
-    precision: Annotated[
-        Precision,
-        typer.Option(
-            "--precision", metavar="|".join(Precision), help="bf16 is faster where the machine multiplies it fast."
-        ),
-    ] = Precision.fp32,
+    precision: PrecisionOption = Precision.fp32,
     plugin: PluginOption = None,
 ) -> None:
     """Write the model's output for each line: one line out per line in, in order, as batches finish.
@@ -69,24 +87,30 @@ def generate(
     An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
     """
     from encdec_cli.cli.models import load_bundles
-    from encdec_cli.generation import WINDOW_BATCHES, Options
-    from encdec_cli.generation import generate as decode
+    from encdec_cli.errors import UsageError
+    from encdec_cli.generation.lines import WINDOW_BATCHES, Options
+    from encdec_cli.generation.lines import generate as decode
     from encdec_cli.text.lines import LineReport
     from encdec_cli.text.options import without_surrogates
     from encdec_cli.text.windows import arriving_windows, full_windows
+    from encdec_cli.training.machine import decoding_workers
 
+    if workers and device != "cpu":
+        raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
-    options = Options(choose_strategy(bundles[0], strategy, beam, n_best), n_best, batch)
+    chosen = choose_strategy(bundles[0], strategy, beam, n_best)
+    options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact)
     report = LineReport()
     examples = _examples(bundles[0], file, as_json, report)
     size = batch * WINDOW_BATCHES
     windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
     line = _json_line if as_json else _text_line
     cut = 0
-    for number, result in enumerate(decode(bundles, windows, options), start=1):
-        cut += result.truncated
-        sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
-        sys.stdout.buffer.flush()
+    with closing(decode(bundles, windows, options)) as results:
+        for number, result in enumerate(results, start=1):
+            cut += result.truncated
+            sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
+            sys.stdout.buffer.flush()
     _tell(report, cut, bundles[0].longest_source)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from encdec_cli.decoding.frontier import Frontier, ruled
+from encdec_cli.decoding.frontier import Frontier
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Candidates
@@ -45,13 +45,12 @@ class Beam(Strategy):
         """Return the hypotheses of each sentence, best first. `stepper` must have `beam` rows a sentence."""
         if stepper.beam != self.beam:
             raise ValueError(f"the stepper has {stepper.beam} rows a sentence, the search needs {self.beam}")
-        frontier = Frontier(stepper, limits)
+        frontier = Frontier(stepper, limits, rules)
         # At first the rows of a sentence are alike, so only one of them counts.
         totals = torch.full((stepper.sentences, self.beam), -torch.inf, device=stepper.device)
         totals[:, 0] = 0
         while not frontier.done:
-            scores = ruled(frontier.step(), rules, frontier.tokens)
-            totals = self._advance(frontier, totals, scores.best(2 * self.beam, totals))
+            totals = self._advance(frontier, totals, frontier.step().best(2 * self.beam, totals))
         return frontier.best()
 
     def _advance(self, frontier: Frontier, totals: Tensor, best: Candidates) -> Tensor:
@@ -85,7 +84,7 @@ class Beam(Strategy):
             any_moved = True
         rows = (kept[:, None] * self.beam + going.parents).flatten() if any_moved else None
         if not frontier.done:
-            frontier.extend(rows, going.tokens.flatten(), going.log_probs.flatten())
+            frontier.extend(rows, going.tokens.flatten())
         return going.totals
 
     def _finish(self, frontier: Frontier, best: Candidates, ending: Tensor) -> list[int]:
@@ -93,7 +92,7 @@ class Beam(Strategy):
         slots, ranks = ending.nonzero().unbind(1)
         rows = slots * self.beam + best.parents[slots, ranks]
         length = frontier.written + 1
-        frontier.finish(rows, best.log_probs[slots, ranks], best.totals[slots, ranks] / length**self.length_penalty)
+        frontier.finish(rows, best.totals[slots, ranks] / length**self.length_penalty)
         return [slot for slot in dict.fromkeys(slots.tolist()) if len(frontier.found(slot)) >= self.beam]
 
     def _cut(self, frontier: Frontier, slot: int, totals: Tensor, ended: Tensor) -> None:

@@ -28,18 +28,22 @@ class Frontier:
     Args:
         stepper: the models and their state; has `stepper.beam` rows for each sentence.
         limits: bounds for each sentence.
+        rules: what may change the scores that the search sees; the scores of tokens stay the models'.
     """
 
-    def __init__(self, stepper: Stepper, limits: Limits) -> None:
+    def __init__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule] = ()) -> None:
         sentences, rows, device = stepper.sentences, stepper.rows, stepper.device
         self.stepper = stepper
         self.beam = stepper.beam
         self.tokens = torch.empty((rows, 0), dtype=torch.int64, device=device)
         """[rows, written]"""
+        self.sentences = torch.arange(sentences, device=device).repeat_interleave(self.beam)
+        """[rows]; for which sentence of the batch each row is written."""
         self.token_scores = torch.empty((rows, 0), dtype=torch.float32, device=device)
         """[rows, written]"""
         self.results: list[list[Hypothesis]] = [[] for _ in range(sentences)]
         """What has been found for each sentence of the batch."""
+        self._rules = rules
         self._origin = list(range(sentences))
         self._open = set(range(sentences))
         self._minimum = limits.minimum.to(device)
@@ -58,12 +62,20 @@ class Frontier:
         return not self._open
 
     def step(self) -> Scores:
-        """Read the last token of every row and return the scores of the next, without EOS where it is too early."""
+        """Read the last token of every row and return the scores of the next, after every rule.
+
+        There is no EOS where it is too early.
+        """
         last = self.tokens[:, -1] if self.written else self.tokens.new_full((self.stepper.rows,), BOS)
-        scores = self.stepper.step(last)
+        self._own = self.stepper.step(last)
         if self.written < self._last_minimum:
-            scores.forbid(EOS, (self._minimum > self.written).repeat_interleave(self.beam))
-        return scores
+            self._own.forbid(EOS, (self._minimum > self.written).repeat_interleave(self.beam))
+        if not self._rules:
+            return self._own
+        log_probs = self._own.log_probs()
+        for rule in self._rules:
+            log_probs = rule(log_probs, self.tokens, self.sentences)
+        return Scores(log_probs.contiguous(), normalised=True)
 
     def full(self) -> list[int]:
         """Return the places of the open sentences that may not have another token."""
@@ -75,9 +87,9 @@ class Frontier:
         """Return the hypotheses that the sentence at this place has so far."""
         return self.results[self._origin[slot]]
 
-    def finish(self, rows: Tensor, log_probs: Tensor, scores: Tensor) -> None:
-        """Keep some rows as hypotheses that end here, with EOS. rows, log_probs (of EOS), scores: [n]."""
-        self._keep(rows, scores, log_probs.tolist())
+    def finish(self, rows: Tensor, scores: Tensor) -> None:
+        """Keep some rows as hypotheses that end here, with EOS. rows, scores: [n]."""
+        self._keep(rows, scores, self._own.of(rows, EOS).tolist())
 
     def cut(self, rows: Tensor, scores: Tensor) -> None:
         """Keep some rows as hypotheses that end here without EOS. rows, scores: [n]."""
@@ -102,14 +114,16 @@ class Frontier:
         self._minimum = self._minimum[chosen]
         return chosen
 
-    def extend(self, rows: Tensor | None, tokens: Tensor, log_probs: Tensor) -> None:
+    def extend(self, rows: Tensor | None, tokens: Tensor) -> None:
         """Let new row i be old row rows[i] and its new token.
 
-        rows: [new_rows], None if every row stays where it is; tokens, log_probs: [new_rows].
+        rows: [new_rows], None if every row stays where it is; tokens: [new_rows].
         """
+        log_probs = self._own.of(torch.arange(len(tokens), device=tokens.device) if rows is None else rows, tokens)
         if rows is not None:
             self.stepper.reorder(rows)
             self.tokens, self.token_scores = self.tokens[rows], self.token_scores[rows]
+            self.sentences = self.sentences[rows]
         self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
         self.token_scores = torch.cat((self.token_scores, log_probs[:, None]), 1)
 
@@ -139,34 +153,40 @@ class Walk(Frontier):
     All that a strategy does is to choose the next token of every row:
 
         while not walk.done:
-            walk.move(*choose(ruled(walk.step(), rules, walk.tokens)))
+            walk.move(choose(walk.step()))
         return walk.best()
     """
 
-    def __init__(self, stepper: Stepper, limits: Limits) -> None:
-        super().__init__(stepper, limits)
+    def __init__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule] = ()) -> None:
+        super().__init__(stepper, limits, rules)
         self.origin = torch.arange(stepper.rows, device=stepper.device)
         """[rows]; which row of the batch this was at the start."""
         self._ended = torch.zeros(stepper.rows, dtype=torch.bool, device=stepper.device)
 
-    def move(self, tokens: Tensor, log_probs: Tensor) -> None:
+    def step(self) -> Scores:
+        """Return the scores of every row's next token, after every rule."""
+        self._scores = super().step()
+        return self._scores
+
+    def move(self, tokens: Tensor) -> None:
         """Write the next token of every row; a row ends with EOS, at its maximum, or where no token is possible.
 
-        tokens: [rows]; log_probs: [rows], -inf where no token is possible. An output's score is their sum.
+        tokens: [rows]. An output's score is its log-probability by the models alone.
         """
-        self._collect(tokens, log_probs)
+        self._collect(tokens)
         whole = self._ended.view(-1, self.beam).all(1).nonzero().flatten().tolist()
         kept = self.retire([slot for slot in whole if slot in self._open])
         rows = None
         if kept is not None:
             rows = (kept[:, None] * self.beam + torch.arange(self.beam, device=kept.device)).flatten()
-            tokens, log_probs = tokens[rows], log_probs[rows]
+            tokens = tokens[rows]
             self.origin, self._ended = self.origin[rows], self._ended[rows]
         if not self.done:
-            self.extend(rows, tokens, log_probs)
+            self.extend(rows, tokens)
 
-    def _collect(self, tokens: Tensor, log_probs: Tensor) -> None:
-        possible = log_probs > -torch.inf
+    def _collect(self, tokens: Tensor) -> None:
+        every = torch.arange(len(tokens), device=tokens.device)
+        possible = self._scores.of(every, tokens) > -torch.inf
         finished = (tokens == EOS) & possible & ~self._ended
         stopped = ~possible & ~self._ended
         for slot in self.full():
@@ -174,18 +194,8 @@ class Walk(Frontier):
             stopped[block] = ~self._ended[block] & ~finished[block]
         if bool(finished.any()):
             rows = finished.nonzero().flatten()
-            self.finish(rows, log_probs[rows], self.token_scores[rows].sum(1) + log_probs[rows])
+            self.finish(rows, self.token_scores[rows].sum(1) + self._own.of(rows, EOS))
         if bool(stopped.any()):
             rows = stopped.nonzero().flatten()
             self.cut(rows, self.token_scores[rows].sum(1))
         self._ended = self._ended | finished | stopped
-
-
-def ruled(scores: Scores, rules: Sequence[Rule], prefix: Tensor) -> Scores:
-    """Return the scores after every rule; the same object if there is none. prefix: [rows, written]."""
-    if not rules:
-        return scores
-    log_probs = scores.log_probs()
-    for rule in rules:
-        log_probs = rule(log_probs, prefix)
-    return Scores(log_probs.contiguous(), normalised=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from encdec_cli.decoding.draw import draw, streams, uniform
-from encdec_cli.decoding.frontier import Walk, ruled
+from encdec_cli.decoding.frontier import Walk
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Scores
@@ -57,39 +57,29 @@ class Sampling(Strategy):
         """Return the samples of each sentence. `stepper` must have `beam` rows a sentence."""
         if stepper.beam != self.beam:
             raise ValueError(f"the stepper has {stepper.beam} rows a sentence, sampling needs {self.beam}")
-        walk = Walk(stepper, limits)
+        walk = Walk(stepper, limits, rules)
         numbers = streams(self.seed, stepper.keys, self.beam, stepper.device)
         while not walk.done:
             scores = walk.step()
-            own = scores.log_probs() if rules else None
-            chance = uniform(numbers[walk.origin], walk.written)
-            walk.move(*self._choose(ruled(scores, rules, walk.tokens), chance, own))
+            walk.move(self._choose(scores, uniform(numbers[walk.origin], walk.written)))
         return walk.best()
 
-    def _choose(self, scores: Scores, chance: Tensor, own: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the next token of every row and its log-probability. chance: [rows]; own: [rows, vocab]."""
+    def _choose(self, scores: Scores, chance: Tensor) -> Tensor:
+        """Return the next token of every row, [rows]. chance: [rows]."""
         if self.temperature == 0:
-            log_probs, tokens = scores.top(1)
-            place = torch.zeros_like(tokens)
-        elif self.top_k == 0 and self.top_p == 1:
-            log_probs, tokens = scores.log_probs(), None
-            place = draw(self._weights(log_probs), chance)
-        else:
-            log_probs, weights, tokens = self._filtered(scores)
-            place = draw(weights, chance)
-        chosen = (place if tokens is None else tokens.gather(1, place)).squeeze(1)
-        source, at = (log_probs, place) if own is None else (own, chosen[:, None])
-        # A rule may have forbidden every token: then there is nothing to draw, and the caller sees -inf.
-        nothing = log_probs.gather(1, place).squeeze(1) == -torch.inf
-        return chosen, source.gather(1, at).squeeze(1).masked_fill(nothing, -torch.inf)
+            return scores.top(1)[1].squeeze(1)
+        if self.top_k == 0 and self.top_p == 1:
+            return draw(self._weights(scores.log_probs()), chance).squeeze(1)
+        weights, tokens = self._filtered(scores)
+        return tokens.gather(1, draw(weights, chance)).squeeze(1)
 
     def _weights(self, log_probs: Tensor) -> Tensor:
         """Return unnormalised probabilities at the temperature, the highest 1. log_probs: [rows, n]."""
         highest = log_probs.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         return ((log_probs - highest) / self.temperature).exp_()
 
-    def _filtered(self, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-        """Return log-probabilities, weights (0 where filtered) and tokens, best first, all [rows, n]."""
+    def _filtered(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return weights (0 where filtered) and tokens, best first, both [rows, n]."""
         vocab = scores.shape[1]
         whole = self._weights(scores.log_probs()).sum(-1, keepdim=True, dtype=torch.float64) if not self.top_k else None
         for k in (self.top_k,) if self.top_k else (NUCLEUS, vocab):
@@ -104,4 +94,4 @@ class Sampling(Strategy):
         before = mass - weights
         before[:, 0] = -1
         weights = weights.masked_fill(before >= goal, 0) if self.top_p < 1 else weights
-        return log_probs, weights, tokens
+        return weights, tokens

@@ -73,8 +73,6 @@ class Candidates:
     """Which row of its sentence the hypothesis continues, int64."""
     tokens: Tensor
     """The new token, int64."""
-    log_probs: Tensor
-    """Log-probability of the new token alone."""
 
 
 class Scores:
@@ -114,6 +112,10 @@ class Scores:
         """Return a new [rows, vocab] float32; banned tokens are -inf."""
         return self._logits.float() - self._normaliser[:, None]
 
+    def of(self, rows: Tensor, tokens: Tensor | int) -> Tensor:
+        """Return the log-probability of one token in each of some rows, [n] float32. rows, tokens: [n]."""
+        return self._logits[rows, tokens].float() - self._normaliser[rows]
+
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """Return the k best log-probabilities and their tokens, both [rows, k]: equal scores, lowest token first.
 
@@ -148,10 +150,7 @@ class Scores:
             candidates.masked_fill_(tokens >= vocab, NEVER)
         best, ids = unpack(candidates.view(sentences, -1).topk(min(k, beam * vocab)).values)
         parents = ids // vocab
-        rows = first + parents
-        chosen = ids - parents * vocab
-        log_probs = self._logits[rows, chosen].float() - self._normaliser[rows]
-        return Candidates(best, parents, chosen, log_probs)
+        return Candidates(best, parents, ids - parents * vocab)
 
     def _refresh(self, tokens: Sequence[int]) -> None:
         for chunk in sorted({token // CHUNK for token in tokens}):

@@ -32,6 +32,6 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tupl
 
 def _accept(recipe: Recipe, run: Path, data_hash: str) -> None:
     if (run / "checkpoints").is_dir():
-        from encdec_cli.training import resume  # here, since it needs torch: `preprocess` does not
+        from encdec_cli.training import resume  # noqa: PLC0415 - it needs torch, `preprocess` does not
 
         resume.check_data(recipe, data_hash, run)

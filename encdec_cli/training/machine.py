@@ -24,6 +24,11 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+def decoding_workers(device: str) -> int:
+    """Return how many processes decode fastest: one for each core on a CPU, else this one alone."""
+    return available_cores() if device == "cpu" else 1
+
+
 def check_device(device: str) -> None:
     """Raise UsageError unless torch can compute on `device`."""
     try:

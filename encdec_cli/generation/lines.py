@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
 
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.data.batch import Batch, collate
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
-from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
 from encdec_cli.errors import BundleError
+from encdec_cli.generation.search import Job, Search
+from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
 
 WINDOW_BATCHES = 64
@@ -28,6 +29,10 @@ class Options:
     """Candidates returned for each line, at most `strategy.beam`."""
     batch: int = 64
     """Most sentences decoded together; fewer where they are long."""
+    workers: int = 1
+    """Processes of one thread each that decode, on a CPU; 1 decodes in this process, with its threads."""
+    exact: bool = False
+    """Whether a line's output must not depend on its neighbours, the threads and the workers in a single bit."""
 
 
 @dataclass
@@ -67,7 +72,7 @@ class _Line:
 
     place: int
     result: Generated
-    ids: list[int] = field(default_factory=list)
+    job: Job
 
 
 def check_ensemble(bundles: Sequence[Bundle]) -> None:
@@ -85,14 +90,17 @@ def check_ensemble(bundles: Sequence[Bundle]) -> None:
                 )
 
 
-def generate(bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options) -> Iterator[Generated]:
+def generate(
+    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options
+) -> Generator[Generated, None, None]:
     """Decode windows of examples; yield one result for each example, in order, as batches finish.
 
     Several bundles are an ensemble. The text of a candidate never holds a line break.
     """
     check_ensemble(bundles)
-    for window in windows:
-        yield from _decode_window(bundles, window, options)
+    with closing(_Decoder(Search(bundles, options.strategy), options)) as decoder:
+        for window in windows:
+            yield from _decode_window(bundles[0], window, decoder)
 
 
 def first_text(result: Generated) -> str:
@@ -100,14 +108,43 @@ def first_text(result: Generated) -> str:
     return result.candidates[0].text if result.candidates else ""
 
 
-def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], options: Options) -> Iterator[Generated]:
-    bundle = bundles[0]
+class _Decoder:
+    """Decodes groups of jobs here, or by worker processes once there are several groups at a time."""
+
+    def __init__(self, search: Search, options: Options) -> None:
+        self.options = options
+        self._search = search
+        self._workers: Workers | None = None
+
+    def map(self, groups: Sequence[Sequence[Job]]) -> Iterator[tuple[int, list[list[Hypothesis]]]]:
+        """Yield the number of each group and its hypotheses, as they are done."""
+        if len(groups) > 1 and self.options.workers > 1:
+            self._workers = self._workers or Workers(self._search, self.options.workers)
+            yield from self._workers.map(groups)
+            return
+        threads = torch.get_num_threads()
+        for number, group in enumerate(groups):
+            torch.set_num_threads(1 if self.options.exact else threads)
+            try:
+                found = self._search(group)
+            finally:
+                torch.set_num_threads(threads)
+            yield number, found
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._workers is not None:
+            self._workers.close()
+
+
+def _decode_window(bundle: Bundle, window: Sequence[Example], decoder: _Decoder) -> Iterator[Generated]:
+    options = decoder.options
     lines = [_read(bundle, place, example) for place, example in enumerate(window)]
-    ready = [not line.ids for line in lines]
+    ready = [not line.job.source for line in lines]
     given = 0
-    for group in _groups([line for line in lines if line.ids], options.batch):
-        batch = collate([line.ids for line in group], None, [line.place for line in group])
-        for line, hypotheses in zip(group, _search(bundles, batch, options), strict=True):
+    groups = list(_groups([line for line in lines if line.job.source], options))
+    for number, found in decoder.map([[line.job for line in group] for group in groups]):
+        for line, hypotheses in zip(groups[number], found, strict=True):
             line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses[: options.n_best]]
             ready[line.place] = True
         while given < len(lines) and ready[given]:
@@ -119,33 +156,19 @@ def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], options
 def _read(bundle: Bundle, place: int, example: Example) -> _Line:
     ids = bundle.source.encode(bundle.task.source(example)) if example.source.strip() else []
     most = bundle.longest_source
-    return _Line(place, Generated(example, [], truncated=len(ids) > most), ids[:most])
+    return _Line(place, Generated(example, [], truncated=len(ids) > most), Job(ids[:most]))
 
 
-def _groups(lines: list[_Line], batch: int) -> Iterator[list[_Line]]:
-    """Cut the lines, longest first, into batches of at most `batch` sentences and a bounded number of tokens."""
-    lines = sorted(lines, key=lambda line: (-len(line.ids), line.place))
+def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
+    """Cut the lines, longest first, into groups of at most `batch` sentences and a bounded number of tokens."""
+    lines = sorted(lines, key=lambda line: (-len(line.job.source), line.place))
+    # Few lines are shared out evenly. An exact output is computed alone: kernels are chosen by the size of a batch.
+    batch = 1 if options.exact else min(options.batch, max(1, -(-len(lines) // options.workers)))
     start = 0
     while start < len(lines):
-        size = min(batch, max(1, batch * _TOKENS_PER_SENTENCE // (len(lines[start].ids) + 1)))
+        size = min(batch, max(1, options.batch * _TOKENS_PER_SENTENCE // (len(lines[start].job.source) + 1)))
         yield lines[start : start + size]
         start += size
-
-
-@torch.inference_mode()
-def _search(bundles: Sequence[Bundle], batch: Batch, options: Options) -> list[list[Hypothesis]]:
-    strategy = options.strategy
-    device = bundles[0].device
-    mask = batch.source_mask
-    lengths = mask.sum(1).tolist()
-    models = [bundle.model for bundle in bundles]
-    maximum = torch.tensor([length_limit(strategy.max_length, length - 1) for length in lengths])
-    for model in models:
-        if model.max_positions is not None:
-            maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
-    limits = Limits(minimum=torch.ones_like(maximum), maximum=maximum)
-    stepper = Stepper(models, batch.source.to(device), mask.to(device), beam=strategy.beam)
-    return strategy(stepper, limits, rules=[])
 
 
 def _candidate(bundle: Bundle, line: _Line, hypothesis: Hypothesis) -> Candidate:

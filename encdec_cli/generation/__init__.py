@@ -1,0 +1,1 @@
+"""From text to text: lines to jobs, jobs to hypotheses, hypotheses to lines."""
