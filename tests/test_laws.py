@@ -171,10 +171,9 @@ class ForgetsOrder(Transformer):
 
     def start(self, memory, beam=1):
         state = super().start(memory, beam)
-        for cache in state.caches:
-            cache.reorder = lambda rows, cache=cache: setattr(
-                cache, "_stores", tuple(store[: len(rows)] for store in cache._stores)
-            )
+        state.ancestry.reorder = lambda rows: setattr(
+            state.ancestry, "_bias", None if state.ancestry._bias is None else state.ancestry._bias[: len(rows)]
+        )
         return state
 
 

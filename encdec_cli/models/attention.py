@@ -13,6 +13,8 @@ from encdec_cli.models.softmax import softmax
 
 FEW_SCORES = 4096
 """Below this many attention weights a call is dominated by its overhead, where one fused kernel is best."""
+FEW_QUERIES = 16
+"""Up to this many queries, as in a step of decoding, a fused kernel cannot make use of its blocks."""
 MANY_SCORES = 2**27
 """Above this many attention weights the memory to hold them matters more than speed."""
 
@@ -55,16 +57,18 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
     # explicit v. scaled_dot_product_attention:
     #   bf16 forward + backward  6.1 / 9.4 / 24 v. 48 / 61 / 93     bf16 forward  3.0 / 3.7 / 8.8 v. 3.8 / 6.7 / 16
     #   fp32 forward + backward  10 / 26 / 61 v. 8.3 / 20 / 53      fp32 forward  1.8 / 8.0 / 27 v. 2.2 / 6.1 / 16
-    # One decoding step of 320 rows with 40 keys: bf16 6.0 v. 8.6, fp32 5.1 v. 5.4; of 5 rows: bf16 0.13 v. 0.07.
+    # A decoding step, 64 sentences, 5 queries, head_dim 32, keys 15 / 40 / 75: fp32 0.25 / 0.36 / 0.69 v. 0.58 / 0.49 /
+    # 0.94, bf16 0.39 / 0.48 / 0.65 v. 0.87 / 0.83 / 1.1; of one sentence bf16 0.13 v. 0.07.
     if query.device.type != "cpu":
         return False
     if dropout > 0:
         return True  # the fused kernel has no dropout on a CPU, and ours is the cheaper one
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-    if query.dtype != torch.bfloat16 or scores > MANY_SCORES:
+    if scores > MANY_SCORES:
         return False
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return needs_grad or scores >= FEW_SCORES
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return query.dtype == torch.bfloat16
+    return scores >= FEW_SCORES and (query.dtype == torch.bfloat16 or query.shape[2] <= FEW_QUERIES)
 
 
 def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -88,6 +92,45 @@ def _with_causal(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) 
     return ahead if mask is None else mask + ahead
 
 
+class Ancestry:
+    """Which of the positions that the rows of a sentence have written each of them may look at.
+
+    The rows of a sentence share one store of keys and values; when a row becomes the continuation of another, its
+    view of the store changes and nothing in the store moves. With one row a sentence there is nothing to tell.
+    """
+
+    def __init__(self, beam: int) -> None:
+        self.beam = beam
+        self._bias: Tensor | None = None
+        """What to add to attention scores, [rows, beam x positions so far]."""
+
+    def extend(self, new: int, like: Tensor) -> Tensor | None:
+        """Add `new` positions for every row; return the bias of their queries, [sentences, 1, beam x new, positions].
+
+        None for one row a sentence, whose queries are merely causal. like: [rows, ...], for type and device.
+        """
+        if self.beam == 1:
+            return None
+        past = like.new_empty((len(like), 0)) if self._bias is None else self._bias
+        rows = torch.arange(len(like), device=like.device) % self.beam
+        owners = torch.arange(self.beam, device=like.device).repeat_interleave(new)
+        own = owners == rows[:, None]  # [rows, beam x new]
+        self._bias = torch.cat((past, _bias(own, like.dtype)), dim=1)
+        if new == 1:
+            seen = self._bias
+        else:
+            places = torch.arange(new, device=like.device)
+            earlier = own[:, None] & (places.repeat(self.beam) <= places[:, None])  # [rows, new, beam x new]
+            before = past[:, None].expand(-1, new, -1)
+            seen = torch.cat((before, _bias(earlier, like.dtype)), dim=2)
+        return seen.reshape(-1, 1, self.beam * new, self._bias.shape[1])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Let row i continue row rows[i]."""
+        if self._bias is not None:
+            self._bias = self._bias.index_select(0, rows)
+
+
 class KeysValues:
     """The keys and values of one layer, for all positions so far.
 
@@ -98,10 +141,11 @@ class KeysValues:
     def __init__(self) -> None:
         self.length = 0
         self._stores: tuple[Tensor, ...] = ()
-        self._spares: tuple[Tensor, ...] = ()
+        self._own = False
+        """Whether the stores are ours to write into."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [rows, heads, new, head_dim]; return those of all positions."""
+        """Add keys and values [sentences, heads, new, head_dim]; return those of all positions."""
         start, self.length = self.length, self.length + keys.shape[2]
         if start == 0:
             self._stores = (keys, values)
@@ -110,34 +154,31 @@ class KeysValues:
             old = (store[:, :, :start] for store in self._stores)
             self._stores = tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
         else:
-            if self._stores[0].shape[2] < self.length or not self._spares:
+            if self._stores[0].shape[2] < self.length or not self._own:
                 self._make_room(start)
             for store, new in zip(self._stores, (keys, values), strict=True):
                 store[:, :, start : self.length] = new
         all_keys, all_values = (store[:, :, : self.length] for store in self._stores)
         return all_keys, all_values
 
-    def reorder(self, rows: Tensor) -> None:
-        """Let row i continue row rows[i]; only the used part is copied."""
-        if self.length == 0:
-            return
+    def keep(self, sentences: Tensor) -> None:
+        """Let these sentences stay, in this order; only the used part is copied. sentences: [n] int64."""
         used = [store[:, :, : self.length] for store in self._stores]
-        room = not self._spares or len(rows) > len(self._spares[0])
-        if room or (torch.is_grad_enabled() and self._stores[0].requires_grad):
-            self._stores, self._spares = tuple(store.index_select(0, rows) for store in used), ()
+        if torch.is_grad_enabled() and any(store.requires_grad for store in used):
+            self._stores = tuple(store.index_select(0, sentences) for store in used)
             return
-        targets = tuple(spare[: len(rows)] for spare in self._spares)
-        for target, store in zip(targets, used, strict=True):
-            torch.index_select(store, 0, rows, out=target[:, :, : self.length])
-        # The two sets take turns, which spares an allocation in every step.
-        self._stores, self._spares = targets, tuple(store[: len(rows)] for store in self._stores)
+        fresh = tuple(torch.empty_like(store[: len(sentences)]) for store in self._stores)
+        for target, store in zip(fresh, used, strict=True):
+            torch.index_select(store, 0, sentences, out=target[:, :, : self.length])
+        self._stores, self._own = fresh, True
 
     def _make_room(self, used: int) -> None:
         rows, heads, _, width = self._stores[0].shape
-        shape = (rows, heads, max(16, 2 * self.length), width)
+        room = max(16, 2 * self.length)
         old = self._stores
-        self._stores = tuple(store.new_empty(shape) for store in old)
-        self._spares = tuple(store.new_empty(shape) for store in old)
+        # Keys lie in memory as the product with queries reads them.
+        keys = old[0].new_empty((rows, heads, width, room)).transpose(2, 3)
+        self._stores, self._own = (keys, old[1].new_empty((rows, heads, room, width))), True
         for store, before in zip(self._stores, old, strict=True):
             store[:, :, :used] = before[:, :, :used]
 
@@ -160,19 +201,35 @@ class SelfAttention(nn.Module):
         causal: bool = False,
         cache: KeysValues | None = None,
         rotary: Rotary | None = None,
+        start: int = 0,
+        beam: int = 1,
     ) -> Tensor:
-        """Attend from x [rows, new, dim] to the positions in `cache` and to x; returns [rows, new, dim]."""
+        """Attend from x [rows, new, dim] to the positions in `cache` and to x; returns [rows, new, dim].
+
+        The `beam` rows of a sentence are one longer sequence; `mask` then says who sees what. start: positions so far.
+        """
         rows, new, dim = x.shape
         joined: Tensor = self.joined(x)
-        query, key, value = joined.view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if rotary is not None:
-            start = cache.length if cache is not None else 0
+        if rotary is None:
+            shape = (rows // beam, beam * new, 3, self.heads, dim // self.heads)
+            query, key, value = joined.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+        else:
+            query, key, value = joined.view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
             query, key = rotary(query, start), rotary(key, start)
+            query, key, value = (_together(part, beam) for part in (query, key, value))
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = attend(query, key, value, mask, causal, self.dropout if self.training else 0.0)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, new, dim))
         return output
+
+
+def _together(x: Tensor, beam: int) -> Tensor:
+    """Make one sequence of the rows of a sentence: [rows, heads, new, n] to [sentences, heads, beam x new, n]."""
+    if beam == 1:
+        return x
+    rows, heads, new, width = x.shape
+    return x.view(-1, beam, heads, new, width).transpose(1, 2).reshape(rows // beam, heads, beam * new, width)
 
 
 class CrossAttention(nn.Module):
@@ -192,7 +249,10 @@ class CrossAttention(nn.Module):
         sentences, length, _ = states.shape
         joined: Tensor = self.joined(states)
         keys, values = joined.view(sentences, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        return keys, values
+        if torch.is_grad_enabled():
+            return keys, values
+        # Read in every step of decoding: as the products with queries and with weights want them.
+        return keys.transpose(2, 3).contiguous().transpose(2, 3), values.contiguous()
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from x [rows, new, dim] to a source; the rows of a sentence are one longer query."""

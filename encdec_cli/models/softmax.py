@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHORT = 32
-"""A vector register holds this many bf16 numbers; torch computes shorter rows one number at a time."""
+SHORT = {torch.bfloat16: 32, torch.float32: 16}
+"""A vector register holds this many numbers; torch computes shorter rows one number at a time."""
 
 
 def softmax(scores: Tensor) -> Tensor:
     """Return the softmax of scores [..., n] over the last dimension."""
     # Measured on Zen 4, [140, 4, 14, 14] in bf16, one thread: 0.96 ms forward and 0.83 ms backward by torch.
-    if scores.device.type == "cpu" and scores.dtype == torch.bfloat16 and scores.shape[-1] < SHORT:
+    # [64, 4, 5, 15] in fp32 forward: 0.33 ms by torch, 0.06 ms here; with 16 columns 0.03 ms by torch.
+    if scores.device.type == "cpu" and scores.shape[-1] < SHORT.get(scores.dtype, 0):
         shares: Tensor = _ShortSoftmax.apply(scores)  # type: ignore[no-untyped-call]
         return shares
     return scores.softmax(dim=-1)

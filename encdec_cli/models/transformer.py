@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encdec_cli.models.attention import CrossAttention, KeysValues, SelfAttention, mask_bias
+from encdec_cli.models.attention import Ancestry, CrossAttention, KeysValues, SelfAttention, mask_bias
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
 from encdec_cli.models.linear import Linear
@@ -60,11 +60,16 @@ class DecoderLayer(nn.Module):
         self.feed_forward = _feed_forward(config)
         self.feed_forward_residual = _residual(config)
 
-    def forward(self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None) -> Tensor:
-        """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`."""
-        cache = state.caches[layer]
+    def forward(
+        self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`.
+
+        mask: as `Ancestry.extend` gives it.
+        """
+        cache, start, beam = state.caches[layer], state.length, state.ancestry.beam
         keys, values = state.sources[layer]
-        x = self.attention_residual(x, lambda y: self.attention(y, causal=True, cache=cache, rotary=rotary))
+        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, cache, rotary, start, beam))
         x = self.cross_residual(x, lambda y: self.cross(y, keys, values, state.mask))
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
@@ -74,10 +79,10 @@ class DecoderLayer(nn.Module):
 class TransformerState:
     """What the decoder remembers: what it wrote, for each row, and the source, once for each sentence."""
 
-    beam: int
-    """Rows a sentence."""
+    ancestry: Ancestry
+    """Which of the tokens so far each row has written."""
     caches: list[KeysValues]
-    """For each layer: keys and values of the tokens so far."""
+    """For each layer: keys and values of the tokens so far, of all rows of a sentence together."""
     sources: list[tuple[Tensor, Tensor]]
     """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
     mask: Tensor | None
@@ -87,17 +92,17 @@ class TransformerState:
 
     def reorder(self, rows: Tensor) -> None:
         """Let new row i continue old row rows[i]; see `State`. The source moves only if sentences do."""
-        sentences = rows[:: self.beam] // self.beam
+        beam = self.ancestry.beam
+        self.ancestry.reorder(rows)
+        sentences = rows[::beam] // beam
         same = torch.arange(len(self.sources[0][0]), device=rows.device)
         if not torch.equal(sentences, same):
             self.sources = [
                 (keys.index_select(0, sentences), values.index_select(0, sentences)) for keys, values in self.sources
             ]
             self.mask = self.mask.index_select(0, sentences) if self.mask is not None else None
-        elif self.beam == 1:
-            return  # the rows are the sentences: nothing moves
-        for cache in self.caches:
-            cache.reorder(rows)
+            for cache in self.caches:
+                cache.keep(sentences)
 
 
 class Transformer(Model):
@@ -223,7 +228,7 @@ class Transformer(Model):
         """Compute every layer's keys and values of the source, once for each sentence."""
         layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
         return TransformerState(
-            beam=beam,
+            ancestry=Ancestry(beam),
             caches=[KeysValues() for _ in layers],
             sources=[layer.cross.read(memory.states) for layer in layers],
             mask=mask_bias(memory.mask, memory.states.dtype),
@@ -232,8 +237,9 @@ class Transformer(Model):
     def decode(self, tokens: Tensor, state: TransformerState) -> Tensor:  # type: ignore[override]
         """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
         x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        mask = state.ancestry.extend(tokens.shape[1], x)
         for number, layer in enumerate(self.decoder):
-            x = layer(x, state, number, self.rotary)
+            x = layer(x, state, number, self.rotary, mask)
         state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden
