@@ -128,7 +128,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass(top_p, kept):
 def test_a_nucleus_wider_than_the_first_look(monkeypatch):
     model, lines = TinyGru(), [[i, EOS] for i in range(5, 45)]
     wide = run(Sampling(top_p=0.9), model, lines=lines, maximum=6)
-    monkeypatch.setattr("encdec_cli.decoding.sampling.NUCLEUS", 2)
+    monkeypatch.setattr("encdec_cli.decoding.filters.FIRST_LOOK", 2)
     assert run(Sampling(top_p=0.9), model, lines=lines, maximum=6) == wide
 
 
