@@ -13,6 +13,9 @@ from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_t
 from slow_search import SlowSearch, divisor, log_softmax, random_table
 
 from encdec_cli.decoding.beam import Beam
+from encdec_cli.decoding.contrastive import Contrastive
+from encdec_cli.decoding.diverse import Diverse
+from encdec_cli.decoding.siblings import Siblings
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.text.vocabulary import BOS, EOS, UNK
 
@@ -147,7 +150,19 @@ def test_the_prefix_a_rule_sees_is_the_one_written():
     assert seen == [([[]], [0]), ([[A]], [0]), ([[A, A]], [0])]
 
 
-def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left():
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Beam(beam=1),
+        Beam(beam=3),
+        Beam(beam=2, stop="never"),
+        Diverse(beam=4, groups=2),
+        Siblings(beam=3),
+        Contrastive(),
+    ],
+    ids=repr,
+)
+def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left(strategy):
     """One that lets each sentence write its own token alone, for as long as its place in the batch says."""
     lengths = torch.tensor([1, 6, 2, 9, 3, 4])
 
@@ -156,9 +171,8 @@ def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left():
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, allowed[:, None], True)
         return scores.masked_fill(~keep, -torch.inf)
 
-    for beam in (1, 3):
-        found = run(Beam(beam=beam), TinyGru(), maximum=10, lines=[[5, EOS]] * 6, rules=[own_token])
-        assert [one[0].tokens for one in found] == [[4 + i % 3] * n for i, n in enumerate(lengths.tolist())]
+    found = run(strategy, TinyGru(), maximum=10, lines=[[5, EOS]] * 6, rules=[own_token])
+    assert [one[0].tokens for one in found] == [[4 + i % 3] * n for i, n in enumerate(lengths.tolist())]
 
 
 @pytest.mark.parametrize(

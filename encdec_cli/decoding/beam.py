@@ -39,8 +39,8 @@ class Beam(Strategy):
     """What log-probabilities are divided by: length ** length_penalty, or GNMT's ((5 + length) / 6) ** length_penalty
     (https://arxiv.org/abs/1609.08144, equation 14), which is weaker on short outputs."""
     stop: Stop = "first"
-    """When a sentence is done: with its `first` `beam` hypotheses, when a `bound` shows that nothing unfinished can
-    still beat the worst of the best `beam` (unless a rule raises scores), or `never` before its maximum length."""
+    """When a sentence with `beam` hypotheses is done: at once (`first`), when nothing unfinished can beat the worst of
+    them any more (`bound`), or only at its maximum length (`never`)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,7 +119,7 @@ class Beam(Strategy):
         """Return the slots that need no more hypotheses. ended: where one has ended now; totals: of those that go on.
 
         Log-probabilities only fall, so the best that an unfinished hypothesis can reach is its total of now, divided
-        by what is best for it of all lengths that it may still have.
+        by what is best for it of all lengths that it may still have (unless a rule rewards tokens).
         """
         if self.stop == "never":
             return []

@@ -29,6 +29,8 @@ class Contrastive(Strategy):
     EOS if that is the most probable. One output a sentence; its score is its log-probability by the models.
     """
 
+    beam: int = 1
+    """Outputs for each sentence: no other number is possible."""
     penalty_alpha: float = 0.6
     """Weight of the likeness to earlier states, from 0 to 1; 0 is greedy search."""
     top_k: int = 4
