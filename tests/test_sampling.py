@@ -159,7 +159,7 @@ def test_epsilon_keeps_what_has_its_probability_and_the_best(epsilon, kept):
     ("typical", "kept"),
     [
         # The entropy is 1.75 bits. Surprises: B 2 bits (.25 away), A 1 (.75 away), EOS and C 3 (1.25 away).
-        (0.01, {B}),
+        (1e-9, {B}),
         (0.25, {B}),  # exactly reached
         (0.26, {A, B}),
         (0.75, {A, B}),
