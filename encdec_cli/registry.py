@@ -162,7 +162,13 @@ tasks: Registry[type[Any]] = Registry(
 strategies: Registry[type[Any]] = Registry(
     "encdec.strategies",
     "strategy",
-    {"beam": "encdec_cli.decoding.beam:Beam", "sampling": "encdec_cli.decoding.sampling:Sampling"},
+    {
+        "beam": "encdec_cli.decoding.beam:Beam",
+        "diverse": "encdec_cli.decoding.diverse:Diverse",
+        "siblings": "encdec_cli.decoding.siblings:Siblings",
+        "contrastive": "encdec_cli.decoding.contrastive:Contrastive",
+        "sampling": "encdec_cli.decoding.sampling:Sampling",
+    },
 )
 corpora: Registry[type[Any]] = Registry(
     "encdec.corpora",

@@ -280,7 +280,7 @@ def check_strategy(strategy: Strategy, seed: int = 0, tolerance: float = 1e-4) -
 def _search(strategy: Strategy, case: Case, sentences: list[int], limits: Limits) -> list[list[Hypothesis]]:
     longest = int(case.mask[sentences].sum(dim=1).max())
     source, mask = case.source[sentences, :longest], case.mask[sentences, :longest]
-    stepper = Stepper([case.model], source, mask, strategy.beam)
+    stepper = Stepper([case.model], source, mask, strategy.rows)
     return strategy(stepper, Limits(limits.minimum[sentences], limits.maximum[sentences]), [])
 
 

@@ -159,5 +159,5 @@ def run(
     if lines is None:
         lines = [[4 + i, EOS] for i in range(len(members[0].tables))]
     source, mask = pad(lines)
-    stepper = Stepper(members, source, mask, beam=strategy.beam)
+    stepper = Stepper(members, source, mask, strategy.rows)
     return strategy(stepper, bounds(len(lines), maximum, minimum), rules)

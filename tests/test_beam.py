@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scripted import VOCAB, A, B, C, Scripted, TinyGru, bounds, pad, run, tiny_transformer
+from slow_search import SlowSearch, divisor, log_softmax, random_table
 
 from encdec_cli.decoding.beam import Beam
+from encdec_cli.decoding.contrastive import Contrastive
+from encdec_cli.decoding.diverse import Diverse
+from encdec_cli.decoding.siblings import Siblings
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.text.vocabulary import BOS, EOS, UNK
 
@@ -147,7 +150,19 @@ def test_the_prefix_a_rule_sees_is_the_one_written():
     assert seen == [([[]], [0]), ([[A]], [0]), ([[A, A]], [0])]
 
 
-def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left():
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        Beam(beam=1),
+        Beam(beam=3),
+        Beam(beam=2, stop="never"),
+        Diverse(beam=4, groups=2),
+        Siblings(beam=3),
+        Contrastive(),
+    ],
+    ids=repr,
+)
+def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left(strategy):
     """One that lets each sentence write its own token alone, for as long as its place in the batch says."""
     lengths = torch.tensor([1, 6, 2, 9, 3, 4])
 
@@ -156,12 +171,13 @@ def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left():
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, allowed[:, None], True)
         return scores.masked_fill(~keep, -torch.inf)
 
-    for beam in (1, 3):
-        found = run(Beam(beam=beam), TinyGru(), maximum=10, lines=[[5, EOS]] * 6, rules=[own_token])
-        assert [one[0].tokens for one in found] == [[4 + i % 3] * n for i, n in enumerate(lengths.tolist())]
+    found = run(strategy, TinyGru(), maximum=10, lines=[[5, EOS]] * 6, rules=[own_token])
+    assert [one[0].tokens for one in found] == [[4 + i % 3] * n for i, n in enumerate(lengths.tolist())]
 
 
-@pytest.mark.parametrize("wrong", [{"beam": 0}, {"length_penalty": math.nan}])
+@pytest.mark.parametrize(
+    "wrong", [{"beam": 0}, {"length_penalty": math.nan}, {"stop": "early"}, {"normalization": "mean"}]
+)
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Beam(**wrong)
@@ -175,25 +191,7 @@ def test_a_stepper_of_another_beam_is_refused():
 # Random tables -------------------------------------------------------------------------------------
 
 
-def random_table(seed: int) -> Callable[[tuple[int, ...]], Sequence[float]]:
-    """Scores that are a pure function of (seed, prefix), so that no table has to be stored."""
-
-    @cache
-    def row(prefix: tuple[int, ...]) -> list[float]:
-        key = seed
-        for token in (*prefix, 99):
-            key = (key * 1000003 + token) % (2**31 - 1)
-        return torch.randn(VOCAB, generator=torch.Generator().manual_seed(key)).mul(1.5).tolist()
-
-    return row
-
-
-def log_softmax(row: Sequence[float]) -> list[float]:
-    total = math.log(sum(math.exp(x) for x in row))
-    return [x - total for x in row]
-
-
-def exhaustive(table, maximum: int, minimum: int, penalty: float) -> list[tuple[float, list[int]]]:
+def exhaustive(table, maximum: int, minimum: int, normalise: Callable[[int], float]) -> list[tuple[float, list[int]]]:
     """Every output of at most `maximum` tokens, best first."""
     found, prefixes = [], [((), 0.0)]
     for length in range(maximum + 1):
@@ -201,65 +199,122 @@ def exhaustive(table, maximum: int, minimum: int, penalty: float) -> list[tuple[
         for prefix, score in prefixes:
             row = log_softmax(table(prefix))
             if length >= minimum:
-                found.append(((score + row[EOS]) / (length + 1) ** penalty, list(prefix)))
+                found.append(((score + row[EOS]) / normalise(length + 1), list(prefix)))
             longer += [((*prefix, token), score + row[token]) for token in (A, B, C)]
         prefixes = longer
     return sorted(found, reverse=True)
 
 
+PENALTIES = st.sampled_from([0.0, 0.6, 1.0, 2.0, -0.5])
+NORMALIZATIONS = st.sampled_from(["power", "gnmt"])
+STOPS = st.sampled_from(["first", "bound", "never"])
+
+
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 2), st.sampled_from([0.0, 0.6, 1.0, 2.0]))
-def test_a_beam_wide_enough_is_exhaustive_search(seed, maximum, minimum, penalty):
+@given(st.integers(0, 10**6), st.integers(0, 4), st.integers(0, 2), PENALTIES, NORMALIZATIONS, STOPS)
+def test_a_beam_wide_enough_is_exhaustive_search(seed, maximum, minimum, penalty, normalization, stop):
     table = random_table(seed)
-    wanted = exhaustive(table, maximum, minimum, penalty)
+    wanted = exhaustive(table, maximum, minimum, lambda length: divisor(length, penalty, normalization))
     # 81 outputs of four tokens, each with four ways to go on: with 324 rows nothing is ever dropped.
-    found = run(Beam(beam=324, length_penalty=penalty), Scripted(table), maximum=maximum, minimum=minimum)[0]
+    strategy = Beam(beam=324, length_penalty=penalty, normalization=normalization, stop=stop)
+    found = run(strategy, Scripted(table), maximum=maximum, minimum=minimum)[0]
     finished = [one for one in found if one.finished]
     assert [one.tokens for one in finished] == [tokens for _, tokens in wanted]
     assert [one.score for one in finished] == pytest.approx([score for score, _ in wanted], abs=1e-5)
     assert found[: len(finished)] == finished
 
 
-def slow_beam(table, size: int, limits: tuple[int, int], penalty: float) -> list[tuple[list[int], float, bool]]:
-    """One sentence, plain Python, from the words in which `Beam` describes itself."""
-    minimum, maximum = limits
-    live, found = [((), 0.0)], []
-    for length in range(maximum + 1):
-        candidates = []
-        for prefix, score in live:
-            row = log_softmax(table(prefix))
-            allowed = [A, B, C] if length < minimum else [EOS, A, B, C]
-            candidates += [(score + row[token], prefix, token) for token in allowed]
-        candidates = sorted(candidates, reverse=True)[: 2 * size]
-        ended = [(score, prefix) for score, prefix, token in candidates[:size] if token == EOS]
-        found += [(list(prefix), score / (length + 1) ** penalty, True) for score, prefix in ended]
-        if len(found) >= size:
-            break
-        if length == maximum:
-            left = [pair for pair in live if pair[0] not in {prefix for _, prefix in ended}]
-            left = sorted(left, key=lambda pair: -pair[1])[: size - len(found)]
-            found += [(list(prefix), score / max(1, length) ** penalty, False) for prefix, score in left]
-        live = [((*prefix, token), score) for score, prefix, token in candidates if token != EOS][:size]
-    return sorted(found, key=lambda one: (not one[2], -one[1]))[:size]
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 2), st.integers(0, 9)), min_size=1, max_size=9),
     st.integers(1, 5),
-    st.sampled_from([0.0, 1.0]),
+    PENALTIES,
+    NORMALIZATIONS,
+    STOPS,
 )
-def test_a_batch_is_searched_as_its_sentences_one_by_one_in_plain_python(sentences, size, penalty):
+def test_a_batch_is_searched_as_its_sentences_one_by_one_in_plain_python(sentences, size, penalty, normalization, stop):
     tables = [random_table(seed) for seed, _, _ in sentences]
     low, high = [low for _, low, _ in sentences], [high for _, _, high in sentences]
-    found = run(Beam(beam=size, length_penalty=penalty), Scripted(*tables), maximum=high, minimum=low)
-    for table, limits, ours in zip(tables, zip(low, high, strict=True), found, strict=True):
-        wanted = slow_beam(table, size, limits, penalty)
+    keys = {"beam": size, "length_penalty": penalty, "normalization": normalization, "stop": stop}
+    found = run(Beam(**keys), Scripted(*tables), maximum=high, minimum=low)
+    for table, minimum, maximum, ours in zip(tables, low, high, found, strict=True):
+        wanted = SlowSearch(table, minimum, maximum, **keys)()
         assert outputs(ours) == [(tokens, finished) for tokens, _, finished in wanted]
         assert [one.score for one in ours] == pytest.approx([score for _, score, _ in wanted], abs=1e-5)
         for one in ours:
-            length = len(one.token_scores)
-            assert sum(one.token_scores) / max(1, length) ** penalty == pytest.approx(one.score, abs=1e-5)
+            total = sum(one.token_scores) / divisor(max(1, len(one.token_scores)), penalty, normalization)
+            assert total == pytest.approx(one.score, abs=1e-5)
+
+
+def watched(table: Mapping[tuple[int, ...], Mapping[int, float]], seen: list[tuple[int, ...]]):
+    """The table as a function that notes what it has been asked for."""
+
+    def row(prefix: tuple[int, ...]) -> list[float]:
+        seen.append(prefix)
+        chances = table.get(prefix, {EOS: 1.0})
+        return [math.log(chances.get(token, 1e-30)) for token in range(VOCAB)]
+
+    return row
+
+
+LATE = {(): {EOS: 0.5, A: 0.3, B: 0.2}, **{tuple([A] * n): {A: 0.95, B: 0.05} for n in range(1, 10)}}
+"""Empty: .5. Ten A and EOS: .3 x .95^9 = .189, which is the better one by length."""
+
+
+@pytest.mark.parametrize(
+    ("stop", "penalty", "tokens", "steps"),
+    [
+        ("first", 2.0, [], 1),
+        ("bound", 2.0, [A] * 10, 11),  # log(.3) / 11^2 beats log(.5): worth going on to the end
+        ("never", 2.0, [A] * 10, 11),
+        ("first", 0.0, [], 1),
+        ("bound", 0.0, [], 1),  # log(.3) is below log(.5) for good
+        ("never", 0.0, [], 11),
+    ],
+)
+def test_when_to_stop_by_hand(stop, penalty, tokens, steps):
+    seen = []
+    found = run(Beam(beam=1, length_penalty=penalty, stop=stop), Scripted(watched(LATE, seen)), maximum=10)[0]
+    assert outputs(found) == [(tokens, True)]
+    assert len(seen) == steps
+
+
+def test_the_bound_is_reached_in_the_middle():
+    """With a penalty of 1 and a maximum of 3, what is unfinished may be divided by 4; [] has log(.5) = -.693."""
+    for chance, steps in ((0.3, 3), (0.02, 2)):
+        # log(.3) / 4 = -.301; then log(.3 x .3) / 4 = -.602 and log(.3^3) / 4 = -.903, or log(.3 x .02) / 4 = -1.279.
+        table = {(): {EOS: 0.5, A: 0.3, B: 0.2}, (A,): {A: chance, UNK: 1 - chance}, (A, A): {A: 0.3, UNK: 0.7}}
+        seen = []
+        assert outputs(run(Beam(beam=1, stop="bound"), Scripted(watched(table, seen)), maximum=3)[0]) == [([], True)]
+        assert len(seen) == steps
+
+
+@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
+def test_the_bound_changes_nothing_but_the_time(build):
+    model, lines = build(), [[i, i + 3, EOS] for i in range(5, 25)]
+    maximum = [4 + i % 9 for i in range(20)]
+    for penalty in (0.0, 1.0):
+        keys = {"beam": 3, "length_penalty": penalty}
+        never = run(Beam(stop="never", **keys), model, maximum=maximum, lines=lines)
+        bound = run(Beam(stop="bound", **keys), model, maximum=maximum, lines=lines)
+        assert [outputs(found) for found in bound] == [outputs(found) for found in never]
+        for ours, theirs in zip(bound, never, strict=True):
+            assert [one.score for one in ours] == pytest.approx([one.score for one in theirs], abs=1e-5)
+
+
+def test_gnmt_s_length_penalty_by_hand():
+    # A: .4 in 2 tokens, divided by (7/6)^x; BBB: .3645 in 4 tokens, divided by (9/6)^x.
+    table = {
+        **{(): {A: 0.5, B: 0.5}, (A,): {EOS: 0.8, C: 0.2}},
+        **{(B,): {B: 0.9, C: 0.1}, (B, B): {B: 0.9, C: 0.1}, (B, B, B): {EOS: 0.9, C: 0.1}},
+    }
+    for alpha, tokens, score in (
+        (1.0, [B, B, B], math.log(0.3645) / 1.5),
+        (0.3, [A], math.log(0.4) / (7 / 6) ** 0.3),  # by power, .3 is enough for BBB
+    ):
+        best = run(Beam(beam=4, length_penalty=alpha, normalization="gnmt"), Scripted(table))[0][0]
+        assert (best.tokens, best.score) == (tokens, pytest.approx(score))
+    assert run(Beam(beam=4, length_penalty=0.3), Scripted(table))[0][0].tokens == [B, B, B]
 
 
 @pytest.mark.parametrize("beam", [1, 4])

@@ -155,6 +155,20 @@ def test_samples_are_the_same_wherever_the_line_stands(copy_run):
     assert other.stdout != forth.stdout
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "beam,beam=3,stop=never,normalization=gnmt",
+        "diverse,beam=4,groups=2",
+        "siblings",
+        "contrastive,penalty_alpha=0.1",
+    ],
+)
+def test_every_strategy_copies_as_the_model_has_learned(copy_run, strategy):
+    done = encdec("generate", "--model", copy_run, "--strategy", strategy, stdin="1 2 3\n\n7\n")
+    assert (lines(done.stdout), done.returncode) == (["1 2 3", "", "7"], 0), done.stderr
+
+
 def test_an_ensemble_of_a_model_with_itself_is_the_model(copy_run, sources):
     content = "".join(f"{source}\n" for source in sources[:10])
     one = encdec("generate", "--model", copy_run, "--scores", stdin=content)
@@ -236,6 +250,9 @@ def test_ctrl_c_leaves_with_130(copy_run):
         (["--strategy", "beem"], 2, "did you mean 'beam'?"),
         (["--strategy", "beam,length_penalti=1"], 2, "did you mean 'length_penalty'?"),
         (["--beam", "0"], 2, "--beam"),
+        (["--strategy", "beam,stop=early"], 2, "stop: expected"),
+        (["--strategy", "contrastive", "--beam", "3"], 2, "a beam of 3 does not suit the strategy: beam is 3"),
+        (["--strategy", "diverse,beam=4,groups=2", "--beam", "3"], 2, "the beam must be a multiple of the groups"),
         (["--device", "tpu9"], 2, "--device"),
         (["--strategy", "beam,max_length=2y"], 2, "2x+20"),
         (["--strategy", "beam,zzz=1"], 2, "zzz: unknown key; expected beam, max_length, length_penalty"),

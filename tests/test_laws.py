@@ -82,6 +82,10 @@ def test_the_example_plugin_obeys_the_laws():
         Sampling(beam=1),
         Sampling(beam=3, temperature=0.7, top_p=0.9),
         Sampling(beam=2, top_k=2),
+        Sampling(beam=2, min_p=0.1),
+        Sampling(beam=2, typical=0.8, epsilon=0.01),
+        Beam(beam=3, stop="bound", normalization="gnmt"),
+        Beam(beam=2, stop="never"),
     ],
     ids=repr,
 )

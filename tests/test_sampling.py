@@ -7,11 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scripted import A, B, C, Scripted, TinyGru, run
 
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.draw import draw, signed, streams, uniform
 from encdec_cli.decoding.sampling import Sampling
+from encdec_cli.decoding.scorer import Scores
 from encdec_cli.text.vocabulary import EOS, UNK
 
 CPU = torch.device("cpu")
@@ -98,6 +101,10 @@ def chi_square(counts: Counter[int], chances: dict[int, float]) -> float:
         ({"top_p": 0.8}, {A: 4 / 7, B: 2 / 7, EOS: 1 / 7}, 13.82),  # EOS before C: equal, the lower token
         ({"top_k": 3, "top_p": 0.7}, {A: 2 / 3, B: 1 / 3}, 10.83),  # of .5 .25 .125, that is .571 .286 .143
         ({"top_p": 0.6, "temperature": 0.5}, {A: 1.0}, 0.1),
+        ({"min_p": 0.5}, {A: 2 / 3, B: 1 / 3}, 10.83),
+        ({"epsilon": 0.2}, {A: 2 / 3, B: 1 / 3}, 10.83),
+        ({"typical": 0.4}, {A: 2 / 3, B: 1 / 3}, 10.83),
+        ({"typical": 0.8}, {A: 4 / 7, B: 2 / 7, EOS: 1 / 7}, 13.82),
     ],
 )
 def test_samples_follow_the_filtered_distribution(options, chances, bound):
@@ -125,14 +132,159 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_its_mass(top_p, kept):
     assert set(firsts(Sampling(top_p=top_p), count=500)) == kept
 
 
+@pytest.mark.parametrize(
+    ("min_p", "kept"),
+    [
+        (0.2, {A, B, C, EOS}),
+        (0.25, {A, B, C, EOS}),  # .125 is exactly a quarter of .5
+        (0.26, {A, B}),
+        (0.5, {A, B}),
+        (0.51, {A}),
+        (1.0, {A}),
+    ],
+)
+def test_min_p_keeps_what_has_its_share_of_the_best(min_p, kept):
+    assert set(firsts(Sampling(min_p=min_p), count=500)) == kept
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "kept"),
+    [(0.1, {A, B, C, EOS}), (0.125, {A, B, C, EOS}), (0.126, {A, B}), (0.25, {A, B}), (0.26, {A}), (0.6, {A})],
+)
+def test_epsilon_keeps_what_has_its_probability_and_the_best(epsilon, kept):
+    assert set(firsts(Sampling(epsilon=epsilon), count=500)) == kept
+
+
+@pytest.mark.parametrize(
+    ("typical", "kept"),
+    [
+        # The entropy is 1.75 bits. Surprises: B 2 bits (.25 away), A 1 (.75 away), EOS and C 3 (1.25 away).
+        (1e-9, {B}),
+        (0.25, {B}),  # exactly reached
+        (0.26, {A, B}),
+        (0.75, {A, B}),
+        (0.76, {A, B, EOS}),  # EOS before C: equal, the lower token
+        (0.88, {A, B, C, EOS}),
+    ],
+)
+def test_typical_keeps_the_surprises_nearest_to_the_entropy(typical, kept):
+    assert set(firsts(Sampling(typical=typical), count=500)) == kept
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        # Temperature first: squared, the chances are 16, 4, 1, 1 of 22.
+        ({"temperature": 0.5, "min_p": 0.25}, {A, B}),
+        ({"temperature": 0.5, "min_p": 0.26}, {A}),
+        ({"temperature": 0.5, "epsilon": 4 / 22}, {A, B}),
+        ({"temperature": 0.5, "epsilon": 0.19}, {A}),
+        # Of the best two, A has 2/3 and B 1/3: epsilon and typical see these.
+        ({"top_k": 2, "epsilon": 1 / 3}, {A, B}),
+        ({"top_k": 2, "epsilon": 0.34}, {A}),
+        # Their entropy is .918 bits; the surprise of A is .585 (.333 away), of B 1.585 (.667 away).
+        ({"top_k": 2, "typical": 0.66}, {A}),
+        ({"top_k": 2, "typical": 0.67}, {A, B}),
+        ({"top_p": 0.75, "typical": 0.66}, {A}),
+        ({"min_p": 0.5, "typical": 0.66}, {A}),
+        # Typical leaves B alone, which then has all the mass: epsilon comes last.
+        ({"typical": 0.2, "epsilon": 0.9}, {B}),
+        ({"top_k": 3, "top_p": 0.9, "min_p": 0.3, "typical": 0.99, "epsilon": 0.34}, {A}),
+    ],
+)
+def test_each_filter_sees_what_those_before_it_have_left(options, kept):
+    assert set(firsts(Sampling(**options), count=300)) == kept
+
+
+def slow_filters(chances: list[float], options: dict[str, float]) -> set[int]:
+    """The tokens that are left, in plain Python from the words of `Sampling`."""
+
+    def renormalised(left):
+        total = sum(left.values())
+        return {token: p / total for token, p in left.items()}
+
+    def fewest(order, share):
+        kept, mass = [], 0.0
+        for token in order:
+            if kept and mass >= share - 1e-6:
+                break
+            kept.append(token)
+            mass += left[token]
+        return renormalised({token: left[token] for token in kept})
+
+    left = {token: p ** (1 / options.get("temperature", 1.0)) for token, p in enumerate(chances) if p > 0}
+    left = renormalised(left)
+    best = sorted(left, key=lambda token: (-left[token], token))
+    if "top_k" in options:
+        left = renormalised({token: left[token] for token in best[: options["top_k"]]})
+    if "top_p" in options:
+        left = fewest([token for token in best if token in left], options["top_p"])
+    if "min_p" in options:
+        highest = max(left.values())
+        left = renormalised({t: p for t, p in left.items() if p >= options["min_p"] * highest * (1 - 1e-6)})
+    if "typical" in options:
+        entropy = -sum(p * math.log(p) for p in left.values())
+        left = fewest(
+            sorted(left, key=lambda token: (abs(-math.log(left[token]) - entropy), token)), options["typical"]
+        )
+    if "epsilon" in options:
+        highest = max(left.values())
+        left = {t: p for t, p in left.items() if p >= options["epsilon"] * (1 - 1e-6) or p == highest}
+    return set(left)
+
+
+OPTIONS = st.fixed_dictionaries(
+    {},
+    optional={
+        "temperature": st.sampled_from([0.5, 1.0, 2.0]),
+        "top_k": st.integers(1, 40),
+        "top_p": st.floats(0.05, 0.999),
+        "min_p": st.floats(0.001, 1.0),
+        "typical": st.floats(0.05, 0.999),
+        "epsilon": st.floats(0.001, 0.9),
+    },
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 10**6), OPTIONS)
+def test_filters_leave_what_plain_python_leaves(seed, options):
+    random = torch.Generator().manual_seed(seed)
+    log_probs = torch.randn(1, 30, generator=random, dtype=torch.float64).mul(2).log_softmax(-1).float()
+    log_probs[0, 7] = -torch.inf
+    # Of 3,000 numbers spread evenly over [0, 1), each token that is left and has some mass gets one.
+    numbers = (torch.arange(3000, dtype=torch.float64) + 0.5) / 3000
+    scores = Scores(log_probs.expand(3000, -1).clone(), normalised=True)
+    drawn = set(Sampling(**options)._choose(scores, numbers).tolist())
+    left = slow_filters(log_probs[0].exp().tolist(), options)
+    assert drawn <= left
+    shares = log_probs[0].div(options.get("temperature", 1.0)).exp()
+    mass = float(shares[list(left)].sum())
+    assert {token for token in left if shares[token] > mass / 2000} <= drawn
+
+
+@pytest.mark.parametrize("options", [{"typical": 0.9}, {"typical": 0.9, "top_p": 0.95}])
+def test_typical_sets_wider_than_the_first_look(monkeypatch, options):
+    model, lines = TinyGru(), [[i, EOS] for i in range(5, 45)]
+    wide = run(Sampling(**options), model, lines=lines, maximum=6)
+    monkeypatch.setattr("encdec_cli.decoding.filters.FIRST_LOOK", 2)
+    assert run(Sampling(**options), model, lines=lines, maximum=6) == wide
+
+
 def test_a_nucleus_wider_than_the_first_look(monkeypatch):
     model, lines = TinyGru(), [[i, EOS] for i in range(5, 45)]
     wide = run(Sampling(top_p=0.9), model, lines=lines, maximum=6)
-    monkeypatch.setattr("encdec_cli.decoding.sampling.NUCLEUS", 2)
+    monkeypatch.setattr("encdec_cli.decoding.filters.FIRST_LOOK", 2)
     assert run(Sampling(top_p=0.9), model, lines=lines, maximum=6) == wide
 
 
-@pytest.mark.parametrize("options", [{"top_k": 1}, {"temperature": 0}, {"temperature": 1e-5}, {"top_p": 1e-6}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"top_k": 1}, {"temperature": 0}, {"temperature": 1e-5}, {"top_p": 1e-6}, {"min_p": 1.0}, {"epsilon": 0.99}),
+        {"top_k": 1, "typical": 0.1, "min_p": 0.5, "epsilon": 0.5},
+    ],
+)
 def test_the_limits_are_greedy_search(options):
     model, lines = TinyGru(), [[i, i + 3, EOS] for i in range(5, 25)]
     greedy = run(Beam(beam=1, length_penalty=0), model, lines=lines, minimum=1)
@@ -141,7 +293,9 @@ def test_the_limits_are_greedy_search(options):
     assert [one[0].score for one in found] == pytest.approx([one[0].score for one in greedy], abs=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"top_k": 5}, {"top_p": 0.7, "temperature": 1.3}, {"min_p": 0.05}, {"typical": 0.7}]
+)
 def test_a_line_has_its_samples_wherever_it_stands(options):
     model, strategy = TinyGru(), Sampling(beam=2, **options)
     lines = [[5 + i, *([9] * (i % 4)), EOS] for i in range(30)]
@@ -204,14 +358,17 @@ def test_rules_hold_for_samples_and_scores_stay_the_model_s():
     def stop(scores, prefix, sentences):
         return torch.full_like(scores, -torch.inf)
 
-    for options in ({}, {"temperature": 0}, {"top_p": 0.5}):
+    for options in ({}, {"temperature": 0}, {"top_p": 0.5}, {"min_p": 0.1}, {"typical": 0.5}, {"epsilon": 0.1}):
         nothing = run(Sampling(**options), Scripted(table), rules=[stop])[0]
         assert [(one.tokens, one.finished) for one in nothing] == [([], False)]
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"beam": 0}, {"temperature": -1}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}],
+    [
+        *({"beam": 0}, {"temperature": -1}, {"temperature": math.inf}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}),
+        *({"min_p": -0.1}, {"min_p": 1.1}, {"typical": 0.0}, {"typical": 1.1}, {"epsilon": 1.0}, {"epsilon": -0.1}),
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

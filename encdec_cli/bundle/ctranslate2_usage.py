@@ -94,9 +94,9 @@ def program(bundle: Bundle, limit: int) -> str:
 
 
 def beam_of(bundle: Bundle) -> tuple[int, float]:
-    """Return the beam and the length penalty of the recipe, or the defaults if its strategy is no beam search."""
+    """Return the beam and the length penalty of the recipe, or the defaults if CTranslate2 knows no such search."""
     search = bundle.recipe.decoding.config
-    search = search if isinstance(search, Beam) else Beam()
+    search = search if type(search) is Beam and search.normalization == "power" else Beam()
     return search.beam, search.length_penalty
 
 

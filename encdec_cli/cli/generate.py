@@ -133,10 +133,13 @@ def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best:
     from encdec_cli.registry import strategies
 
     chosen: Strategy = parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
+    if beam is None and named and "beam=" not in named and n_best > chosen.beam:
+        beam = n_best
     if beam is not None:
-        chosen = replace(chosen, beam=beam)
-    elif named and "beam=" not in named and n_best > chosen.beam:
-        chosen = replace(chosen, beam=n_best)
+        try:
+            chosen = replace(chosen, beam=beam)
+        except ValueError as error:
+            raise UsageError(f"a beam of {beam} does not suit the strategy: {error}") from error
     if n_best > chosen.beam:
         raise UsageError(f"--n-best {n_best}: the search keeps {chosen.beam} hypotheses a line; give --beam {n_best}.")
     return chosen

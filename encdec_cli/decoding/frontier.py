@@ -22,32 +22,37 @@ ROUND = 40
 class Frontier:
     """The rows of a running search, and the hypotheses that have left it.
 
-    A sentence that has what it needs is marked by `retire`; its rows go on unused until enough others are
-    done, and then all of them leave at once.
+    What the rows of a sentence search for together is a slot: one for each sentence, or one for each of its groups
+    if they search side by side. A slot that has what it needs is marked by `retire`; its rows go on unused until
+    enough sentences are done, and then all of them leave at once.
 
     Args:
         stepper: the models and their state; has `stepper.beam` rows for each sentence.
         limits: bounds for each sentence.
         rules: what may change the scores that the search sees; the scores of tokens stay the models'.
+        groups: parts of equal size into which the rows of a sentence fall; each keeps hypotheses of its own.
     """
 
-    def __init__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule] = ()) -> None:
+    def __init__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule] = (), groups: int = 1) -> None:
         sentences, rows, device = stepper.sentences, stepper.rows, stepper.device
         self.stepper = stepper
         self.beam = stepper.beam
+        self.width = stepper.beam // groups
+        """Rows of a slot, and the most hypotheses that are kept for it."""
         self.tokens = torch.empty((rows, 0), dtype=torch.int64, device=device)
         """[rows, written]"""
         self.sentences = torch.arange(sentences, device=device).repeat_interleave(self.beam)
         """[rows]; for which sentence of the batch each row is written."""
         self.token_scores = torch.empty((rows, 0), dtype=torch.float32, device=device)
         """[rows, written]"""
-        self.results: list[list[Hypothesis]] = [[] for _ in range(sentences)]
-        """What has been found for each sentence of the batch."""
+        self.results: list[list[Hypothesis]] = [[] for _ in range(sentences * groups)]
+        """What has been found for each slot of the batch."""
         self._rules = rules
-        self._origin = list(range(sentences))
-        self._open = set(range(sentences))
+        self._groups = groups
+        self._origin = list(range(sentences * groups))
+        self._open = set(self._origin)
         self._minimum = limits.minimum.to(device)
-        self._maximum: list[int] = limits.maximum.tolist()
+        self._maximum: list[int] = limits.maximum.repeat_interleave(groups).tolist()
         self._last_minimum = int(limits.minimum.max()) if sentences else 0
         self._first_maximum = min(self._maximum, default=0)
 
@@ -58,8 +63,13 @@ class Frontier:
 
     @property
     def done(self) -> bool:
-        """Whether every sentence has what it needs."""
+        """Whether every slot has what it needs."""
         return not self._open
+
+    @property
+    def open(self) -> list[int]:
+        """The slots that need more."""
+        return sorted(self._open)
 
     def step(self) -> Scores:
         """Read the last token of every row and return the scores of the next, after every rule.
@@ -78,41 +88,57 @@ class Frontier:
         return Scores(log_probs.contiguous(), normalised=True)
 
     def full(self) -> list[int]:
-        """Return the places of the open sentences that may not have another token."""
+        """Return the open slots that may not have another token."""
         if self.written < self._first_maximum:
             return []
-        return [slot for slot in sorted(self._open) if self._maximum[self._origin[slot]] <= self.written]
+        return [slot for slot in self.open if self.maximum(slot) <= self.written]
+
+    def maximum(self, slot: int) -> int:
+        """Return the most tokens before EOS that a slot may write."""
+        return self._maximum[self._origin[slot]]
 
     def found(self, slot: int) -> list[Hypothesis]:
-        """Return the hypotheses that the sentence at this place has so far."""
+        """Return the hypotheses that a slot has so far."""
         return self.results[self._origin[slot]]
 
-    def finish(self, rows: Tensor, scores: Tensor) -> None:
-        """Keep some rows as hypotheses that end here, with EOS. rows, scores: [n]."""
-        self._keep(rows, scores, self._own.of(rows, EOS).tolist())
+    def finish(self, rows: Tensor, scores: Tensor | None = None) -> None:
+        """Keep some rows as hypotheses that end here, with EOS as their next token.
 
-    def cut(self, rows: Tensor, scores: Tensor) -> None:
+        rows, scores: [n]; None stands for the log-probability by the models, here and below.
+        """
+        token_scores = torch.cat((self.token_scores[rows], self._own.of(rows, EOS)[:, None]), 1)
+        self._keep(rows, scores, self.tokens[rows], token_scores, finished=True)
+
+    def finish_written(self, rows: Tensor, scores: Tensor | None = None) -> None:
+        """Keep some rows as hypotheses whose last token is EOS. rows, scores: [n]."""
+        self._keep(rows, scores, self.tokens[rows, :-1], self.token_scores[rows], finished=True)
+
+    def cut(self, rows: Tensor, scores: Tensor | None = None) -> None:
         """Keep some rows as hypotheses that end here without EOS. rows, scores: [n]."""
-        self._keep(rows, scores, None)
+        self._keep(rows, scores, self.tokens[rows], self.token_scores[rows], finished=False)
 
     def retire(self, slots: Sequence[int]) -> Tensor | None:
-        """Mark sentences as done.
+        """Mark slots as done.
 
-        Returns None, or the places [slots] of the sentences to go on with, if it is time for the others to
-        leave; `extend` must then be given rows of those sentences only.
+        Returns None, or the slots [n] of the sentences to go on with, if it is time for the others to leave;
+        `extend` must then be given rows of those sentences only.
         """
         self._open.difference_update(slots)
-        size = self._rounded(len(self._open))
-        if self.done or not slots or size > (1 - SHRINK) * len(self._origin):
+        if self.done or not slots:
             return None
-        idle = [slot for slot in range(len(self._origin)) if slot not in self._open]
-        kept = sorted([*self._open, *idle[: size - len(self._open)]])
+        sentences = len(self._origin) // self._groups
+        busy = {slot // self._groups for slot in self._open}
+        size = self._rounded(len(busy))
+        if size > (1 - SHRINK) * sentences:
+            return None
+        idle = [sentence for sentence in range(sentences) if sentence not in busy]
+        staying = sorted([*busy, *idle[: size - len(busy)]])
+        kept = [sentence * self._groups + group for sentence in staying for group in range(self._groups)]
         self._open = {place for place, slot in enumerate(kept) if slot in self._open}
         self._origin = [self._origin[slot] for slot in kept]
-        self._first_maximum = min(self._maximum[self._origin[slot]] for slot in self._open)
-        chosen = torch.tensor(kept, device=self.stepper.device)
-        self._minimum = self._minimum[chosen]
-        return chosen
+        self._first_maximum = min(self.maximum(slot) for slot in self._open)
+        self._minimum = self._minimum[torch.tensor(staying, device=self.stepper.device)]
+        return torch.tensor(kept, device=self.stepper.device)
 
     def extend(self, rows: Tensor | None, tokens: Tensor) -> None:
         """Let new row i be old row rows[i] and its new token.
@@ -129,15 +155,19 @@ class Frontier:
 
     def best(self) -> list[list[Hypothesis]]:
         """Return the hypotheses of each sentence, at most `beam`: finished ones first, then by score."""
-        order = [sorted(found, key=lambda one: (not one.finished, -one.score)) for found in self.results]
-        return [found[: self.beam] for found in order]
+        starts = range(0, len(self.results), self._groups)
+        joined = [[one for found in self.results[i : i + self._groups] for one in found] for i in starts]
+        return [sorted(found, key=_rank) for found in joined]
 
-    def _keep(self, rows: Tensor, scores: Tensor, endings: list[float] | None) -> None:
-        prefixes, pasts = self.tokens[rows].tolist(), self.token_scores[rows].tolist()
-        for i, (row, score) in enumerate(zip(rows.tolist(), scores.tolist(), strict=True)):
-            past = pasts[i] if endings is None else [*pasts[i], endings[i]]
-            hypothesis = Hypothesis(prefixes[i], score, past, finished=endings is not None)
-            self.results[self._origin[row // self.beam]].append(hypothesis)
+    def _keep(self, rows: Tensor, scores: Tensor | None, tokens: Tensor, token_scores: Tensor, finished: bool) -> None:
+        scores = token_scores.sum(1) if scores is None else scores
+        columns = (column.tolist() for column in (rows, scores, tokens, token_scores))
+        for row, score, written, past in zip(*columns, strict=True):
+            found = self.results[self._origin[row // self.width]]
+            found.append(Hypothesis(written, score, past, finished))
+            if len(found) > self.width:
+                found.sort(key=_rank)
+                found.pop()
 
     def _rounded(self, sentences: int) -> int:
         """Return how many sentences to keep in the batch for the sake of round matrix sizes."""
@@ -145,6 +175,10 @@ class Frontier:
         if sentences >= unit:
             return -(-sentences // unit) * unit
         return 1 << (sentences - 1).bit_length() if sentences else 0
+
+
+def _rank(hypothesis: Hypothesis) -> tuple[bool, float]:
+    return (not hypothesis.finished, -hypothesis.score)
 
 
 class Walk(Frontier):
@@ -193,9 +227,7 @@ class Walk(Frontier):
             block = slice(slot * self.beam, (slot + 1) * self.beam)
             stopped[block] = ~self._ended[block] & ~finished[block]
         if bool(finished.any()):
-            rows = finished.nonzero().flatten()
-            self.finish(rows, self.token_scores[rows].sum(1) + self._own.of(rows, EOS))
+            self.finish(finished.nonzero().flatten())
         if bool(stopped.any()):
-            rows = stopped.nonzero().flatten()
-            self.cut(rows, self.token_scores[rows].sum(1))
+            self.cut(stopped.nonzero().flatten())
         self._ended = self._ended | finished | stopped

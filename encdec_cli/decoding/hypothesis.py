@@ -66,6 +66,11 @@ class Strategy:
     def __post_init__(self) -> None:
         length_limit(self.max_length, 1)
 
+    @property
+    def rows(self) -> int:
+        """Rows that the search needs for each sentence."""
+        return self.beam
+
     @abstractmethod
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
         """Return the hypotheses of each sentence, best first, at most `beam` of them and at least one."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from encdec_cli.decoding import filters
 from encdec_cli.decoding.draw import draw, streams, uniform
 from encdec_cli.decoding.frontier import Walk
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
@@ -16,18 +17,14 @@ from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Scores
 from encdec_cli.decoding.stepper import Stepper
 
-NUCLEUS = 256
-"""Tokens sorted at first for `top_p`; all of them only where these do not hold the mass."""
-TOLERANCE = 1e-6
-"""A mass that lies this little below `top_p` has reached it: probabilities are float32."""
-
 
 @dataclass(kw_only=True)
 class Sampling(Strategy):
     """Draw `beam` outputs for each sentence, and return them by log-probability, the highest first.
 
-    The temperature is applied first, then `top_k`, then `top_p` on what is left. Scores are log-probabilities
-    of the model itself: not divided by the temperature, not renormalised after the filters.
+    In this order: `temperature`, `top_k`, `top_p`, `min_p`, `typical`, `epsilon`. Each sees what those before it have
+    left, renormalised, and leaves at least one token. Scores are log-probabilities of the model itself: not divided
+    by the temperature, not renormalised after the filters.
     """
 
     beam: int = 1
@@ -38,6 +35,13 @@ class Sampling(Strategy):
     """Draw among this many best tokens; 0 draws among all (https://arxiv.org/abs/1805.04833)."""
     top_p: float = 1.0
     """Draw among the fewest best tokens whose mass is at least this (https://arxiv.org/abs/1904.09751)."""
+    min_p: float = 0.0
+    """Leave out tokens whose probability is below this share of the best one's (https://arxiv.org/abs/2407.01082)."""
+    typical: float = 1.0
+    """Draw among the fewest tokens of at least this mass whose surprise is nearest to the entropy (locally typical
+    sampling, https://arxiv.org/abs/2202.00666)."""
+    epsilon: float = 0.0
+    """Leave out tokens whose probability is below this (https://arxiv.org/abs/2210.15191)."""
     seed: int = 1
     """Another seed, other samples. A sample depends on the seed, the source and its place among the samples."""
 
@@ -49,8 +53,13 @@ class Sampling(Strategy):
             raise ValueError(f"temperature is {self.temperature}; it must be 0 or more.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 1 or more, or 0 for all tokens.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
+        for key, mass in (("top_p", self.top_p), ("typical", self.typical)):
+            if not 0 < mass <= 1:
+                raise ValueError(f"{key} is {mass}; it must be above 0 and at most 1.")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be at least 0 and at most 1.")
+        if not 0 <= self.epsilon < 1:
+            raise ValueError(f"epsilon is {self.epsilon}; it must be at least 0 and below 1.")
 
     @torch.inference_mode()
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
@@ -68,9 +77,13 @@ class Sampling(Strategy):
         """Return the next token of every row, [rows]. chance: [rows]."""
         if self.temperature == 0:
             return scores.top(1)[1].squeeze(1)
-        if self.top_k == 0 and self.top_p == 1:
-            return draw(self._weights(scores.log_probs()), chance).squeeze(1)
-        weights, tokens = self._filtered(scores)
+        weights, tokens = self._best(scores) if self.top_k or self.top_p < 1 else self._all(scores)
+        if self.min_p:
+            weights = filters.min_p(weights, self.min_p)
+        if self.typical < 1:
+            weights = filters.typical(weights, tokens, self.typical)
+        if self.epsilon:
+            weights = filters.epsilon(weights, self.epsilon)
         return tokens.gather(1, draw(weights, chance)).squeeze(1)
 
     def _weights(self, log_probs: Tensor) -> Tensor:
@@ -78,20 +91,23 @@ class Sampling(Strategy):
         highest = log_probs.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).min)
         return ((log_probs - highest) / self.temperature).exp_()
 
-    def _filtered(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Return weights (0 where filtered) and tokens, best first, both [rows, n]."""
-        vocab = scores.shape[1]
-        whole = self._weights(scores.log_probs()).sum(-1, keepdim=True, dtype=torch.float64) if not self.top_k else None
-        for k in (self.top_k,) if self.top_k else (NUCLEUS, vocab):
-            log_probs, tokens = scores.top(k)
+    def _all(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return the weights of all tokens, and the tokens, both [rows, vocab]."""
+        weights = self._weights(scores.log_probs())
+        return weights, torch.arange(scores.shape[1], device=weights.device).expand_as(weights)
+
+    def _best(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Return the weights (0 where filtered) and tokens that `top_k` and `top_p` leave, best first, [rows, n]."""
+        if self.top_k:
+            log_probs, tokens = scores.top(self.top_k)
             weights = self._weights(log_probs).double()
-            mass = weights.cumsum(-1)
-            total = mass[:, -1:] if whole is None else whole
-            goal = (self.top_p - TOLERANCE) * total
-            if k >= vocab or self.top_k or bool((mass[:, -1:] >= goal).all()):
+            if self.top_p < 1:
+                weights, _ = filters.fewest(weights, weights.sum(-1, keepdim=True), self.top_p)
+            return weights, tokens
+        total = self._weights(scores.log_probs()).sum(-1, keepdim=True, dtype=torch.float64)
+        for k in (filters.FIRST_LOOK, scores.shape[1]):
+            log_probs, tokens = scores.top(k)
+            weights, reached = filters.fewest(self._weights(log_probs).double(), total, self.top_p)
+            if k >= scores.shape[1] or bool(reached.all()):
                 break
-        # A token stays if those before it have not reached the goal; the first always stays.
-        before = mass - weights
-        before[:, 0] = -1
-        weights = weights.masked_fill(before >= goal, 0) if self.top_p < 1 else weights
         return weights, tokens

@@ -75,6 +75,18 @@ class Candidates:
     """The new token, int64."""
 
 
+def rank(values: Tensor, penalties: Tensor, tokens: Tensor, k: int, vocab: int) -> Candidates:
+    """Return the k best continuations by value less penalty, fewer if there are fewer; totals are the values alone.
+
+    values, penalties, tokens: [sentences, beam, n], for n ways to go on of each row.
+    Equal differences: lowest row first, then lowest token.
+    """
+    _, beam, n = values.shape
+    ids = torch.arange(beam, device=values.device)[:, None] * vocab + tokens
+    order = pack(values - penalties, ids).flatten(1).topk(min(k, beam * n)).indices
+    return Candidates(values.flatten(1).gather(1, order), order // n, tokens.flatten(1).gather(1, order))
+
+
 class Scores:
     """The scores of the next token for every row; nothing is computed that is not asked for.
 

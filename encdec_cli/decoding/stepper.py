@@ -43,6 +43,8 @@ class Stepper:
         """Rows that `step` expects now."""
         self.beam = beam
         self.device = source.device
+        self.hidden: list[Tensor] = []
+        """What each model made of the tokens that were read last, one [rows, dim] a model."""
         self._source, self._mask = source, mask
         self._members = [(model, model.start(model.encode(source, mask), beam)) for model in models]
 
@@ -58,6 +60,7 @@ class Stepper:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
+        self.hidden = []
         if len(self._members) == 1:
             return Scores(self._logits(0, tokens), NEVER_WRITTEN)
         return Scores(self._mean(tokens), NEVER_WRITTEN, normalised=True)
@@ -72,6 +75,7 @@ class Stepper:
     def _logits(self, member: int, tokens: Tensor) -> Tensor:
         model, state = self._members[member]
         hidden = model.decode(tokens[:, None], state)[:, -1]
+        self.hidden.append(hidden)
         logits = model.project(hidden)
         # Scores writes into the logits; a model whose hidden states are its logits must not lose them.
         return logits.clone() if logits.data_ptr() == hidden.data_ptr() else logits.contiguous()

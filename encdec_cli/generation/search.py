@@ -38,12 +38,9 @@ class Search:
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
         """Decode some sentences together; return the hypotheses of each, best first."""
         batch = collate([job.source for job in jobs], None, range(len(jobs)))
-        stepper = Stepper(self.models, batch.source.to(self.device), batch.source_mask.to(self.device), self._beam)
+        source, mask = batch.source.to(self.device), batch.source_mask.to(self.device)
+        stepper = Stepper(self.models, source, mask, self.strategy.rows)
         return self.strategy(stepper, self._limits(jobs), rules=[])
-
-    @property
-    def _beam(self) -> int:
-        return self.strategy.beam
 
     def _limits(self, jobs: Sequence[Job]) -> Limits:
         maximum = torch.tensor([length_limit(self.strategy.max_length, len(job.source)) for job in jobs])
