@@ -59,8 +59,15 @@ class Bundle:
     @property
     def longest_source(self) -> int:
         """Most tokens of a source that the model reads, without EOS; longer ones are cut."""
-        limits = [self.recipe.text.max_source, self.model.max_positions]
-        return min(limit for limit in limits if limit is not None) - 1
+        return self._at_most(self.recipe.text.max_source)
+
+    @property
+    def longest_target(self) -> int:
+        """Most tokens of a target that the model knows how to judge, without EOS."""
+        return self._at_most(self.recipe.text.max_target)
+
+    def _at_most(self, tokens: int) -> int:
+        return min(tokens, tokens if self.model.max_positions is None else self.model.max_positions) - 1
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:
