@@ -63,11 +63,12 @@ class Bundle:
 
     @property
     def longest_target(self) -> int:
-        """Most tokens of a target that the model knows how to judge, without EOS."""
+        """Most tokens of a target that the model can judge, without EOS: none of its training was longer."""
         return self._at_most(self.recipe.text.max_target)
 
     def _at_most(self, tokens: int) -> int:
-        return min(tokens, tokens if self.model.max_positions is None else self.model.max_positions) - 1
+        limits = [tokens, self.model.max_positions]
+        return min(limit for limit in limits if limit is not None) - 1
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Bundle:

@@ -75,7 +75,7 @@ def decode(
         return generate(bundles, windows, options)
     reranker: Reranker = parse_component(rerank, rerankers, "--rerank")
     if options.strategy.beam == 1:
-        raise UsageError(f"--rerank {rerank}: the search gives 1 output a line, and there must be several to order.")
+        raise UsageError(f"--rerank {rerank}: the search gives 1 output a line; it needs a beam of several to order.")
     reranker.load(str(bundles[0].device))
     if options.exact:
         use_threads(1)  # what a reranker's models compute must not depend on their number either

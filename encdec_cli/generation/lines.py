@@ -101,7 +101,8 @@ def generate(
 ) -> Generator[Generated, None, None]:
     """Decode windows of examples; yield one result for each example, in order, as batches finish.
 
-    Several bundles are an ensemble; the task is the first's. The text of a candidate never holds a line break.
+    Several bundles are an ensemble: each reads the source by its own task and tokenizer, the first writes the text.
+    The text of a candidate never holds a line break.
     """
     check_ensemble(bundles, options.ensemble)
     with closing(_Decoder(Search(bundles, options.strategy, options.ensemble), options)) as decoder:
