@@ -195,6 +195,14 @@ metrics: Registry[type[Any]] = Registry(
         "perplexity": "encdec_cli.evaluation.perplexity:Perplexity",
     },
 )
+rerankers: Registry[type[Any]] = Registry(
+    "encdec.rerankers",
+    "reranker",
+    {
+        "mbr": "encdec_cli.reranking.mbr:MinimumBayesRisk",
+        "noisy_channel": "encdec_cli.reranking.noisy_channel:NoisyChannel",
+    },
+)
 exporters: Registry[type[Any]] = Registry(
     "encdec.exporters",
     "export target",
@@ -208,6 +216,7 @@ KINDS: dict[str, Registry[type[Any]]] = {
     "tasks": tasks,
     "strategies": strategies,
     "metrics": metrics,
+    "rerankers": rerankers,
     "export targets": exporters,
 }
 """Every registry by the plural of its kind, in the order in which `encdec list` shows them."""

@@ -31,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
     "generation": {"text", "tasks", "data", "decoding", "bundle"},
     "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},
+    "reranking": {"config", "text", "bundle", "generation", "evaluation"},
     "training": {
         *("atomic", "config", "recipe", "text", "tasks", "data", "models", "decoding"),
         *("bundle", "generation", "evaluation"),

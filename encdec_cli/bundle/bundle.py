@@ -59,7 +59,15 @@ class Bundle:
     @property
     def longest_source(self) -> int:
         """Most tokens of a source that the model reads, without EOS; longer ones are cut."""
-        limits = [self.recipe.text.max_source, self.model.max_positions]
+        return self._at_most(self.recipe.text.max_source)
+
+    @property
+    def longest_target(self) -> int:
+        """Most tokens of a target that the model can judge, without EOS: none of its training was longer."""
+        return self._at_most(self.recipe.text.max_target)
+
+    def _at_most(self, tokens: int) -> int:
+        limits = [tokens, self.model.max_positions]
         return min(limit for limit in limits if limit is not None) - 1
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption
+from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, RerankOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -33,6 +33,11 @@ class Test(str, Enum):
 
     randomization = "randomization"
     bootstrap = "bootstrap"
+
+
+TestOption = Annotated[
+    Test, typer.Option("--test", metavar="|".join(Test), help="The paired test against the baseline.")
+]
 
 
 def evaluate(
@@ -61,9 +66,8 @@ def evaluate(
         Path | None, typer.Option("--source", metavar="FILE", help="What the model reads, if it writes the hypotheses.")
     ] = None,
     model: ModelOption = None,
-    test: Annotated[
-        Test, typer.Option("--test", metavar="|".join(Test), help="The paired test against the baseline.")
-    ] = Test.randomization,
+    rerank: RerankOption = None,
+    test: TestOption = Test.randomization,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="The numbers alone, one a line.")] = False,
     device: DeviceOption = "cpu",
@@ -84,6 +88,7 @@ def evaluate(
     load_plugins(plugins)
     chosen = _metrics(metric or ())
     lines = read_hypotheses(file)
+    _check_rerank(rerank, lines)
     bundle = None
     if lines is None or not reference or any(each.needs_model for each in chosen):
         bundle = _bundle(model, device, plugins)
@@ -92,7 +97,7 @@ def evaluate(
     chosen = chosen or _metrics(_usual_metrics(bundle))
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
-        _ask_model(bundle, outputs, source, chosen)
+        _ask_model(bundle, outputs, source, chosen, rerank)
     _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
 
 
@@ -158,6 +163,13 @@ def _tell_if_waiting() -> None:
 
     if sys.stdin is not None and not select.select([sys.stdin.fileno()], [], [], _PATIENCE)[0]:
         console.say("still waiting for hypotheses on stdin; give FILE, or < /dev/null to let the model write them")
+
+
+def _check_rerank(rerank: str | None, lines: list[str] | None) -> None:
+    from encdec_cli.errors import UsageError
+
+    if rerank is not None and lines is not None:
+        raise UsageError(f"--rerank {rerank}: the hypotheses are given; it orders what a model writes.")
 
 
 def _tell_unused(model: Path | None, source: Path | None) -> None:
@@ -233,13 +245,10 @@ def _check_lengths(
             check_lengths(name, given, first, streams[0])
 
 
-def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: list[Metric]) -> None:
+def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: list[Metric], rerank: str | None) -> None:
     """Let the model write missing hypotheses, and score the references where a metric wants it."""
     from encdec_cli.evaluation.likelihood import likelihoods
     from encdec_cli.evaluation.metrics import check_lengths
-    from encdec_cli.generation.lines import WINDOW_BATCHES, Options, first_text, generate
-    from encdec_cli.text.windows import full_windows
-    from encdec_cli.training.machine import decoding_workers
 
     to_write = outputs.hypotheses is None and not all(metric.needs_model for metric in chosen)
     to_score = any(metric.needs_model for metric in chosen)
@@ -248,8 +257,18 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     examples = _examples(bundle, source)
     check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
     if to_write:
-        options = Options(bundle.recipe.decoding.config, workers=decoding_workers(bundle.device.type))
-        windows = full_windows(examples, options.batch * WINDOW_BATCHES)
-        outputs.hypotheses = [first_text(result) for result in generate([bundle], windows, options)]
+        outputs.hypotheses = _write(bundle, examples, rerank)
     if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
+
+
+def _write(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
+    """Return what the model writes for each example, after the reranker if one is named."""
+    from encdec_cli.cli.models import decode
+    from encdec_cli.generation.lines import WINDOW_BATCHES, Options, first_text
+    from encdec_cli.text.windows import full_windows
+    from encdec_cli.training.machine import decoding_workers
+
+    options = Options(bundle.recipe.decoding.config, workers=decoding_workers(bundle.device.type))
+    windows = full_windows(examples, options.batch * WINDOW_BATCHES)
+    return [first_text(result) for result in decode([bundle], windows, options, rerank)]

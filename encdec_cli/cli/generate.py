@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from encdec_cli.cli.options import DeviceOption, PluginOption, StrategyOption
+from encdec_cli.cli.options import DeviceOption, PluginOption, RerankOption, StrategyOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.hypothesis import Strategy
-    from encdec_cli.generation.lines import Generated, Options
+    from encdec_cli.generation.lines import Candidate, Generated, Options
     from encdec_cli.text.example import Example
     from encdec_cli.text.lines import LineReport
 
@@ -31,6 +31,13 @@ class Precision(str, Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     auto = "auto"
+
+
+class Average(str, Enum):
+    """What is averaged over the models of an ensemble."""
+
+    probabilities = "probabilities"
+    log_probabilities = "log-probabilities"
 
 
 FileArgument = Annotated[
@@ -44,6 +51,13 @@ ModelsOption = Annotated[
         metavar="PATH",
         help="Bundle or run; repeat for an ensemble. [default: $ENCDEC_MODEL, else the newest run]",
     ),
+]
+EnsembleOption = Annotated[
+    Average, typer.Option("--ensemble", metavar="|".join(Average), help="What is averaged over several models.")
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="N,N,…", help="What each --model counts in the average. [default: all alike]"),
 ]
 BeamOption = Annotated[int | None, typer.Option("--beam", metavar="N", min=1, help="Hypotheses kept for each line.")]
 NBestOption = Annotated[int, typer.Option("--n-best", metavar="N", min=1, help="Outputs a line, separated by TAB.")]
@@ -70,8 +84,11 @@ PrecisionOption = Annotated[
 def generate(
     file: FileArgument = None,
     model: ModelsOption = None,
+    ensemble: EnsembleOption = Average.probabilities,
+    weights: WeightsOption = None,
     beam: BeamOption = None,
     strategy: StrategyOption = None,
+    rerank: RerankOption = None,
     n_best: NBestOption = 1,
     scores: ScoresOption = False,
     as_json: JsonOption = False,
@@ -86,10 +103,9 @@ def generate(
 
     An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
     """
-    from encdec_cli.cli.models import load_bundles
+    from encdec_cli.cli.models import choose_ensemble, decode, load_bundles
     from encdec_cli.errors import UsageError
     from encdec_cli.generation.lines import WINDOW_BATCHES, Options
-    from encdec_cli.generation.lines import generate as decode
     from encdec_cli.text.lines import LineReport
     from encdec_cli.text.options import without_surrogates
     from encdec_cli.text.windows import arriving_windows, full_windows
@@ -97,21 +113,22 @@ def generate(
 
     if workers and device != "cpu":
         raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
+    average = choose_ensemble(ensemble.value, weights)
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
-    options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact)
+    options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact, average)
     report = LineReport()
     examples = _examples(bundles[0], file, as_json, report)
     size = batch * WINDOW_BATCHES
     windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
     line = _json_line if as_json else _text_line
     cut = 0
-    with closing(decode(bundles, windows, options)) as results:
+    with closing(decode(bundles, windows, options, rerank)) as results:
         for number, result in enumerate(results, start=1):
             cut += result.truncated
             sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
             sys.stdout.buffer.flush()
-    _tell(report, cut, bundles[0].longest_source)
+    _tell(report, cut, min(bundle.longest_source for bundle in bundles))
 
 
 def _tell(report: LineReport, cut: int, most: int) -> None:
@@ -182,7 +199,8 @@ def _text_line(number: int, result: Generated, options: Options, scores: bool) -
     columns = []
     several = scores or options.n_best > 1
     for candidate in result.candidates:
-        columns += [f"{candidate.score:.4f}"] if scores else []
+        score = candidate.score if candidate.rerank_score is None else candidate.rerank_score
+        columns += [f"{score:.4f}"] if scores else []
         # A TAB of the text would be read as a column's end.
         columns += [candidate.text.replace("\t", " ") if several else candidate.text]
     return "\t".join(columns)
@@ -191,12 +209,15 @@ def _text_line(number: int, result: Generated, options: Options, scores: bool) -
 def _json_line(number: int, result: Generated, options: Options, scores: bool) -> str:
     """Return the record of a line: the input's own fields, then ours, which win where names clash."""
     record: dict[str, Any] = {"id": number, **result.example.record}
-    outputs = [
-        {"text": c.text, "score": round(c.score, 6), "token_scores": [round(s, 6) for s in c.token_scores]}
-        for c in result.candidates
-    ]
+    outputs = [_output(candidate) for candidate in result.candidates]
     record |= outputs[0] if outputs else {"text": "", "score": 0.0, "token_scores": []}
     record["status"] = result.status
     if options.n_best > 1:
         record["candidates"] = outputs
     return json.dumps(record, ensure_ascii=False)
+
+
+def _output(candidate: Candidate) -> dict[str, Any]:
+    scores = {"score": candidate.score, "rerank_score": candidate.rerank_score}
+    rounded = {key: round(score, 6) for key, score in scores.items() if score is not None}
+    return {"text": candidate.text, **rounded, "token_scores": [round(s, 6) for s in candidate.token_scores]}

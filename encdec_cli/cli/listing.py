@@ -18,7 +18,7 @@ def list_components(
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object.")] = False,
     plugin: PluginOption = None,
 ) -> None:
-    """List every corpus, model, task, strategy, metric and export target, and from where it comes.
+    """List every corpus, model, task, strategy, metric, reranker and export target, and from where it comes.
 
     A component whose extra is missing is listed with the command that installs it, a component or a plugin that does
     not load with the reason. If that is a plugin file that --plugin or ENCDEC_PLUGINS names, the exit code is 2.

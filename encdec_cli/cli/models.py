@@ -1,13 +1,16 @@
-"""Which model a command uses, and how it is loaded."""
+"""Which models a command uses, how they are loaded and averaged, and what orders their outputs anew."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.decoding.ensemble import Ensemble
+    from encdec_cli.generation.lines import Generated, Options
+    from encdec_cli.text.example import Example
 
 
 def model_or_default(named: Path | None) -> Path:
@@ -39,3 +42,41 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
             console.warn(sentence)
     dtype = choose(precision, device).dtype
     return [Bundle.load(path, device, dtype) for path in paths]
+
+
+def choose_ensemble(average: str, weights: str | None) -> Ensemble:
+    """Return how several models are averaged. weights: as in `0.7,0.3`."""
+    from encdec_cli.decoding.ensemble import Ensemble
+    from encdec_cli.errors import UsageError
+
+    try:
+        numbers = tuple(float(word) for word in weights.split(",")) if weights is not None else ()
+    except ValueError:
+        expected = "expected a number for each --model, separated by commas, such as 0.7,0.3"
+        raise UsageError(f"--weights {weights}: {expected}.") from None
+    try:
+        return Ensemble(average, numbers)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
+
+
+def decode(
+    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options, rerank: str | None
+) -> Generator[Generated, None, None]:
+    """Decode windows of examples, and order the outputs of each anew by the reranker of --rerank, if there is one."""
+    from encdec_cli.config import parse_component
+    from encdec_cli.errors import UsageError
+    from encdec_cli.generation.lines import generate
+    from encdec_cli.registry import rerankers
+    from encdec_cli.reranking.reranker import Reranker, generate_reranked
+    from encdec_cli.training.machine import use_threads
+
+    if rerank is None:
+        return generate(bundles, windows, options)
+    reranker: Reranker = parse_component(rerank, rerankers, "--rerank")
+    if options.strategy.beam == 1:
+        raise UsageError(f"--rerank {rerank}: the search gives 1 output a line; it needs a beam of several to order.")
+    reranker.load(str(bundles[0].device))
+    if options.exact:
+        use_threads(1)  # what a reranker's models compute must not depend on their number either
+    return generate_reranked(bundles, windows, options, reranker)

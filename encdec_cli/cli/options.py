@@ -17,6 +17,12 @@ StrategyOption = Annotated[
         "--strategy", metavar="NAME,KEY=VALUE,…", help="How to search, such as sampling,temperature=0.8,seed=1."
     ),
 ]
+RerankOption = Annotated[
+    str | None,
+    typer.Option(
+        "--rerank", metavar="NAME,KEY=VALUE,…", help="How to order the outputs of a line anew, such as mbr,metric=chrf."
+    ),
+]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")]
 RunOption = Annotated[
     Path | None,

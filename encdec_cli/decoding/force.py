@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from encdec_cli.decoding.ensemble import MEAN, Ensemble, for_each
 from encdec_cli.decoding.scorer import normalise
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import PAD
@@ -17,29 +17,39 @@ POSITIONS = 256
 
 
 @torch.inference_mode()
-def score_targets(models: Sequence[Model], source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+def score_targets(
+    models: Sequence[Model],
+    source: Tensor | Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor],
+    target: Tensor,
+    ensemble: Ensemble = MEAN,
+) -> Tensor:
     """Return the natural log-probability of every token of `target` after BOS: [sentences, tgt_len - 1] float32.
 
-    Column i belongs to target[:, i + 1]; padding gets 0. Several models: the mean of their probabilities.
+    Column i belongs to target[:, i + 1]; padding gets 0. Several models are averaged as `ensemble` says.
 
-    source: [sentences, src_len] ids; mask: the same shape, True where there is a token;
+    source: [sentences, src_len] ids, or one such tensor for each model; mask: likewise, True where there is a token;
     target: [sentences, tgt_len], BOS + tokens + EOS, padded on the right.
     """
     wanted = target[:, 1:]
     real = wanted != PAD
     tokens = wanted[real]
-    hidden = [model(source, mask, target[:, :-1])[real] for model in models]
+    read = zip(models, for_each(models, source), for_each(models, mask), strict=True)
+    hidden = [model(ids, present, target[:, :-1])[real] for model, ids, present in read]
     parts = []
     for start in range(0, tokens.shape[0], POSITIONS):
         part = slice(start, start + POSITIONS)
-        found = [_of_tokens(m.project(h[part]), tokens[part]) for m, h in zip(models, hidden, strict=True)]
-        parts.append(found[0] if len(found) == 1 else torch.stack(found).logsumexp(0) - math.log(len(found)))
+        logits = [model.project(states[part]) for model, states in zip(models, hidden, strict=True)]
+        parts.append(_of_tokens(logits, tokens[part], ensemble))
     scores = torch.zeros(wanted.shape, device=target.device)
     if parts:
         scores[real] = torch.cat(parts)
     return scores
 
 
-def _of_tokens(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-probability of one token in each row. logits: [n, vocab]; tokens: [n]."""
-    return logits.gather(1, tokens[:, None]).squeeze(1).float() - normalise(logits)[0]
+def _of_tokens(logits: Sequence[Tensor], tokens: Tensor, ensemble: Ensemble) -> Tensor:
+    """Return the log-probability of one token in each row. logits: [n, vocab] of each model; tokens: [n]."""
+    column = tokens[:, None]
+    if len(logits) == 1:
+        return logits[0].gather(1, column).squeeze(1).float() - normalise(logits[0])[0]
+    return ensemble.log_probs(logits).gather(1, column).squeeze(1)

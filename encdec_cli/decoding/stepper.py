@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from encdec_cli.decoding.scorer import Scores, normalise
+from encdec_cli.decoding.ensemble import MEAN, Ensemble, for_each
+from encdec_cli.decoding.scorer import Scores
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import BOS, PAD, UNK
 
@@ -18,39 +18,46 @@ NEVER_WRITTEN = (PAD, BOS, UNK)
 
 
 class Stepper:
-    """One model, or an ensemble (the mean of the models' probabilities), over one batch of sentences.
+    """One model, or an ensemble, over one batch of sentences.
 
     Args:
         models: with the same target vocabulary, on the device of `source`, in evaluation mode.
-        source: [sentences, src_len] ids.
-        mask: [sentences, src_len]; True where there is a token.
+        source: [sentences, src_len] ids; or one such tensor for each model, as each has its own source vocabulary.
+        mask: likewise; True where there is a token.
         beam: rows for each sentence; the rows of a sentence stand together.
+        ensemble: how several models are averaged.
     """
 
     @torch.inference_mode()
     def __init__(
         self,
         models: Sequence[Model],
-        source: Tensor,
-        mask: Tensor,
+        source: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence[Tensor],
         beam: int = 1,
+        ensemble: Ensemble = MEAN,
     ) -> None:
         if not models:
             raise ValueError("a Stepper needs at least one model")
-        self.sentences = source.shape[0]
+        sources, masks = for_each(models, source), for_each(models, mask)
+        self.sentences = sources[0].shape[0]
         """Sentences at the start; `keys` has one entry for each of them."""
         self.rows = self.sentences * beam
         """Rows that `step` expects now."""
         self.beam = beam
-        self.device = source.device
+        self.device = sources[0].device
         self.hidden: list[Tensor] = []
         """What each model made of the tokens that were read last, one [rows, dim] a model."""
-        self._source, self._mask = source, mask
-        self._members = [(model, model.start(model.encode(source, mask), beam)) for model in models]
+        self._source, self._mask = sources[0], masks[0]
+        self._ensemble = ensemble
+        self._members = [
+            (model, model.start(model.encode(ids, real), beam))
+            for model, ids, real in zip(models, sources, masks, strict=True)
+        ]
 
     @cached_property
     def keys(self) -> list[int]:
-        """A 63-bit hash of each sentence's real source ids, whatever its padding and its batch mates."""
+        """A 63-bit hash of each sentence's real ids for the first model, whatever its padding and its batch mates."""
         sources, masks = self._source.cpu().numpy().astype("<i8"), self._mask.cpu().numpy()
         digests = (
             hashlib.blake2b(ids[real].tobytes(), digest_size=8) for ids, real in zip(sources, masks, strict=True)
@@ -61,9 +68,10 @@ class Stepper:
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
         self.hidden = []
-        if len(self._members) == 1:
-            return Scores(self._logits(0, tokens), NEVER_WRITTEN)
-        return Scores(self._mean(tokens), NEVER_WRITTEN, normalised=True)
+        logits = [self._logits(member, tokens) for member in range(len(self._members))]
+        if len(logits) == 1:
+            return Scores(logits[0], NEVER_WRITTEN)
+        return Scores(self._ensemble.log_probs(logits), NEVER_WRITTEN, normalised=True)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
@@ -79,19 +87,3 @@ class Stepper:
         logits = model.project(hidden)
         # Scores writes into the logits; a model whose hidden states are its logits must not lose them.
         return logits.clone() if logits.data_ptr() == hidden.data_ptr() else logits.contiguous()
-
-    def _mean(self, tokens: Tensor) -> Tensor:
-        """Return log-probabilities [rows, vocab] of the mean of all models' probabilities."""
-        mean = self._log_probs(0, tokens)
-        for member in range(1, len(self._members)):
-            log_probs = self._log_probs(member, tokens)
-            if mean.shape != log_probs.shape:
-                raise ValueError(
-                    f"an ensemble needs one target vocabulary, found sizes {mean.shape[1]} and {log_probs.shape[1]}"
-                )
-            mean = torch.logaddexp(mean, log_probs)
-        return mean - math.log(len(self._members))
-
-    def _log_probs(self, member: int, tokens: Tensor) -> Tensor:
-        logits = self._logits(member, tokens)
-        return logits.float() - normalise(logits)[0][:, None]

@@ -15,15 +15,17 @@ from encdec_cli.text.example import Example
 _BATCH = 64
 
 
-def likelihoods(bundle: Bundle, examples: Sequence[Example], targets: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+def likelihoods(
+    bundle: Bundle, examples: Sequence[Example], targets: Sequence[str], longest: int | None = None
+) -> tuple[FloatArray, FloatArray]:
     """Return the natural log-probability of each target given its example, and its tokens including EOS.
 
-    Both arrays are [examples]. Sources longer than the model reads are cut, targets are not.
+    Both arrays are [examples]. Sources longer than the model reads are cut; targets after `longest` tokens, if given.
     """
     most = bundle.longest_source
     sources = [bundle.source.encode(bundle.task.source(example))[:most] for example in examples]
     ids = [
-        bundle.target.encode(bundle.task.target(Example(example.source, target, example.record)))
+        bundle.target.encode(bundle.task.target(Example(example.source, target, example.record)))[:longest]
         for example, target in zip(examples, targets, strict=True)
     ]
     totals, counts = np.zeros(len(ids)), np.array([len(target) + 1.0 for target in ids])

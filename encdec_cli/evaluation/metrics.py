@@ -75,6 +75,21 @@ class Metric(ABC):
         """
         raise UsageError(f"{', '.join(self.names)}: this metric reads text, not the model's probabilities.")
 
+    def pairwise(self, texts: Sequence[str]) -> FloatArray:
+        """Return the first number of each text (row) with each text (column) as its reference, [texts, texts]."""
+        hypotheses = [text for text in texts for _ in texts]
+        statistics = self.statistics(hypotheses, [list(texts) * len(texts)])
+        return self.scores(statistics)[:, 0].reshape(len(texts), len(texts))
+
+    def against_mean(self, texts: Sequence[str], weights: FloatArray) -> FloatArray:
+        """Return the first number of each text with the mean of all texts as its reference, [texts].
+
+        Only for metrics that count n-grams: an n-gram's count is averaged over the texts. weights: [texts], sum 1.
+        """
+        raise UsageError(
+            f"{self.names[0]}: this metric has no n-gram counts to average; those that have are chrf, bleu."
+        )
+
     def signature(self, setting: Setting) -> str:
         """Return every choice that the numbers depend on, in sacreBLEU's form `key:value|key:value`."""
         return "|".join([*setting_pairs(setting), *option_pairs(self), f"encdec:{__version__}"])

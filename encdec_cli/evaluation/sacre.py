@@ -5,12 +5,13 @@ Post, "A Call for Clarity in Reporting BLEU Scores": https://aclanthology.org/W1
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 from sacrebleu.metrics.base import Metric as Scorer
@@ -22,6 +23,7 @@ from sacrebleu.utils import SACREBLEU_DIR
 
 from encdec_cli.errors import ResourceError, UsageError
 from encdec_cli.evaluation.metrics import FloatArray, Metric, Setting, tokenised_warning
+from encdec_cli.evaluation.ngrams import Grams, count_grams, f_scores
 from encdec_cli.registry import nearest
 
 
@@ -113,6 +115,46 @@ class Bleu(Sacre):
                 "or choose another with tokenize=…."
             ) from error
 
+    def pairwise(self, texts: Sequence[str]) -> FloatArray:
+        """Return the sentence BLEU (with effective order) of each text with each as its reference, [texts, texts]."""
+        grams, lengths = self._count(texts)
+        matches = np.stack([order.shared() for order in grams], axis=-1)
+        written = np.stack([order.totals() for order in grams], axis=-1)
+        pairs = np.ndindex(len(texts), len(texts))
+        scores = [self._of_sentence(matches[i, j], written[i], lengths[i], lengths[j]) for i, j in pairs]
+        return np.array(scores).reshape(len(texts), len(texts))
+
+    def against_mean(self, texts: Sequence[str], weights: FloatArray) -> FloatArray:
+        """Return the sentence BLEU of each text against expected counts and length, [texts].
+
+        DeNero et al. 2009, https://aclanthology.org/P09-1064.
+        """
+        grams, lengths = self._count(texts)
+        matches = np.stack([order.shared_with_mean(weights) for order in grams], axis=-1)
+        written = np.stack([order.totals() for order in grams], axis=-1)
+        expected = float((lengths * weights).sum())
+        rows = zip(matches, written, lengths, strict=True)
+        return np.array([self._of_sentence(*row, expected) for row in rows])
+
+    def _count(self, texts: Sequence[str]) -> tuple[list[Grams], FloatArray]:
+        """Return the n-grams of each order, and the length of each text [texts]."""
+        words = [self.scorer._preprocess_segment(text).split() for text in texts]
+        return count_grams(words, self.max_ngram_order), np.array([float(len(line)) for line in words])
+
+    def _of_sentence(self, matches: FloatArray, written: FloatArray, length: float, wanted: float) -> float:
+        """Return sacreBLEU's score. matches, written: [orders]; length, wanted: words of both sides."""
+        precision = BLEU.compute_bleu(
+            correct=matches.tolist(),  # a copy, since add-k smoothing writes into it
+            total=written.tolist(),
+            sys_len=0,
+            ref_len=0,  # no brevity penalty: it takes whole numbers only
+            smooth_method=self.smooth_method,
+            smooth_value=self.smooth_value,
+            effective_order=True,
+            max_ngram_order=self.max_ngram_order,
+        )
+        return float(precision.score) * (math.exp(1 - wanted / length) if 0 < length < wanted else 1.0)
+
     def explain(self) -> str:
         """Say what BLEU is."""
         return (
@@ -171,6 +213,32 @@ class Chrf(Sacre):
             whitespace=self.whitespace,
             eps_smoothing=self.eps_smoothing,
         )
+
+    def pairwise(self, texts: Sequence[str]) -> FloatArray:
+        """Return the chrF of each text with each as its reference, [texts, texts]."""
+        grams = self._count(texts)
+        totals = np.stack([order.totals() for order in grams])
+        matches = np.stack([order.shared() for order in grams])
+        return f_scores(matches, totals[:, :, None], totals[:, None, :], self.beta, self.eps_smoothing)
+
+    def against_mean(self, texts: Sequence[str], weights: FloatArray) -> FloatArray:
+        """Return the chrF of each text against averaged n-gram counts, [texts].
+
+        Vamvas and Sennrich 2024, https://arxiv.org/abs/2402.04251.
+        """
+        grams = self._count(texts)
+        totals = np.stack([order.totals() for order in grams])
+        matches = np.stack([order.shared_with_mean(weights) for order in grams])
+        wanted = (totals * weights).sum(axis=1, keepdims=True)
+        return f_scores(matches, totals, wanted, self.beta, self.eps_smoothing)
+
+    def _count(self, texts: Sequence[str]) -> list[Grams]:
+        """Return the n-grams of each order, of characters and then of words."""
+        scorer = cast(CHRF, self.scorer)
+        lines = [scorer._preprocess_segment(text) for text in texts]
+        characters = [line if self.whitespace else "".join(line.split()) for line in lines]
+        words = [scorer._remove_punctuation(line) for line in lines]
+        return [*count_grams(characters, self.char_order), *count_grams(words, self.word_order)]
 
     def explain(self) -> str:
         """Say what chrF is."""

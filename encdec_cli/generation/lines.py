@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
-from encdec_cli.errors import BundleError
+from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
@@ -33,6 +34,8 @@ class Options:
     """Processes of one thread each that decode, on a CPU; 1 decodes in this process, with its threads."""
     exact: bool = False
     """Whether a line's output must not depend on its neighbours, the threads and the workers in a single bit."""
+    ensemble: Ensemble = MEAN
+    """How several models are averaged."""
 
 
 @dataclass
@@ -45,6 +48,8 @@ class Candidate:
     """Natural log-probability of each token, that of EOS last."""
     finished: bool
     """False where the length limit cut the output."""
+    rerank_score: float | None = None
+    """What a reranker ordered it by, if there was one."""
 
 
 @dataclass
@@ -75,19 +80,20 @@ class _Line:
     job: Job
 
 
-def check_ensemble(bundles: Sequence[Bundle]) -> None:
-    """Raise BundleError unless all models read and write the same ids."""
-    first = bundles[0]
+def check_ensemble(bundles: Sequence[Bundle], ensemble: Ensemble) -> None:
+    """Raise BundleError unless all models write the same ids, UsageError unless each has a weight or none has."""
+    count = len(ensemble.weights)
+    if count not in (0, len(bundles)):
+        raise UsageError(f"weights: {count} for {len(bundles)} models; give one for each model, in their order.")
+    ours = bundles[0].target.vocabulary
     for other in bundles[1:]:
-        for side in ("source", "target"):
-            ours = (first.source if side == "source" else first.target).vocabulary
-            theirs = (other.source if side == "source" else other.target).vocabulary
-            if ours.sha256 != theirs.sha256:
-                raise BundleError(
-                    f"models of an ensemble must share their vocabularies: the {side} vocabularies differ "
-                    f"({len(ours)} tokens, {ours.sha256[:8]}… and {len(theirs)} tokens, {theirs.sha256[:8]}…); "
-                    "train them on the same prepared data."
-                )
+        theirs = other.target.vocabulary
+        if ours.sha256 != theirs.sha256:
+            raise BundleError(
+                "models of an ensemble must share their target vocabulary: these differ "
+                f"({len(ours)} tokens, {ours.sha256[:8]}… and {len(theirs)} tokens, {theirs.sha256[:8]}…); "
+                "train them on the same prepared data."
+            )
 
 
 def generate(
@@ -95,12 +101,13 @@ def generate(
 ) -> Generator[Generated, None, None]:
     """Decode windows of examples; yield one result for each example, in order, as batches finish.
 
-    Several bundles are an ensemble. The text of a candidate never holds a line break.
+    Several bundles are an ensemble: each reads the source by its own task and tokenizer, the first writes the text.
+    The text of a candidate never holds a line break.
     """
-    check_ensemble(bundles)
-    with closing(_Decoder(Search(bundles, options.strategy), options)) as decoder:
+    check_ensemble(bundles, options.ensemble)
+    with closing(_Decoder(Search(bundles, options.strategy, options.ensemble), options)) as decoder:
         for window in windows:
-            yield from _decode_window(bundles[0], window, decoder)
+            yield from _decode_window(bundles, window, decoder)
 
 
 def first_text(result: Generated) -> str:
@@ -137,15 +144,15 @@ class _Decoder:
             self._workers.close()
 
 
-def _decode_window(bundle: Bundle, window: Sequence[Example], decoder: _Decoder) -> Iterator[Generated]:
+def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], decoder: _Decoder) -> Iterator[Generated]:
     options = decoder.options
-    lines = [_read(bundle, place, example) for place, example in enumerate(window)]
+    lines = [_read(bundles, place, example) for place, example in enumerate(window)]
     ready = [not line.job.source for line in lines]
     given = 0
     groups = list(_groups([line for line in lines if line.job.source], options))
     for number, found in decoder.map([[line.job for line in group] for group in groups]):
         for line, hypotheses in zip(groups[number], found, strict=True):
-            line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses[: options.n_best]]
+            line.result.candidates = [_candidate(bundles[0], line, h) for h in hypotheses[: options.n_best]]
             ready[line.place] = True
         while given < len(lines) and ready[given]:
             yield lines[given].result
@@ -153,10 +160,12 @@ def _decode_window(bundle: Bundle, window: Sequence[Example], decoder: _Decoder)
     yield from (line.result for line in lines[given:])
 
 
-def _read(bundle: Bundle, place: int, example: Example) -> _Line:
-    ids = bundle.source.encode(bundle.task.source(example)) if example.source.strip() else []
-    most = bundle.longest_source
-    return _Line(place, Generated(example, [], truncated=len(ids) > most), Job(ids[:most]))
+def _read(bundles: Sequence[Bundle], place: int, example: Example) -> _Line:
+    if not example.source.strip():
+        return _Line(place, Generated(example, []), Job([]))
+    ids = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
+    kept = [one[: bundle.longest_source] for one, bundle in zip(ids, bundles, strict=True)]
+    return _Line(place, Generated(example, [], truncated=kept != ids), Job(kept[0], kept[1:]))
 
 
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import collate
+from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
 from encdec_cli.decoding.stepper import Stepper
 
@@ -18,28 +19,33 @@ class Job:
     """One sentence to decode."""
 
     source: list[int]
-    """Ids without EOS."""
+    """Ids without EOS, as the first model reads them."""
+    other_sources: list[list[int]] = field(default_factory=list)
+    """The same sentence as each further model of an ensemble reads it."""
 
 
 class Search:
     """Models and a way to search, ready to decode.
 
     Args:
-        bundles: one model, or an ensemble of models that read and write the same ids.
+        bundles: one model, or an ensemble of models that write the same ids.
         strategy: how to search.
+        ensemble: how several models are averaged.
     """
 
-    def __init__(self, bundles: Sequence[Bundle], strategy: Strategy) -> None:
+    def __init__(self, bundles: Sequence[Bundle], strategy: Strategy, ensemble: Ensemble = MEAN) -> None:
         self.models = [bundle.model for bundle in bundles]
         self.device = bundles[0].device
         self.strategy = strategy
+        self.ensemble = ensemble
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
         """Decode some sentences together; return the hypotheses of each, best first."""
-        batch = collate([job.source for job in jobs], None, range(len(jobs)))
-        source, mask = batch.source.to(self.device), batch.source_mask.to(self.device)
-        stepper = Stepper(self.models, source, mask, self.strategy.rows)
+        read = zip(*([job.source, *job.other_sources] for job in jobs), strict=True)
+        batches = [collate(ids, None, range(len(jobs))).to(self.device) for ids in read]
+        sources, masks = [batch.source for batch in batches], [batch.source_mask for batch in batches]
+        stepper = Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble)
         return self.strategy(stepper, self._limits(jobs), rules=[])
 
     def _limits(self, jobs: Sequence[Job]) -> Limits:

@@ -1,0 +1,1 @@
+"""Choosing again among the outputs of a search, on text: minimum Bayes risk, other models."""
