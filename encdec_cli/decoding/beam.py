@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.frontier import Frontier
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.rules import Rule
@@ -32,6 +33,9 @@ class Beam(Strategy):
     """Hypotheses are ranked by log-probability / length ** length_penalty, with EOS counted in the length (as in
     fairseq); 0 ranks by log-probability. GNMT's ((5 + length) / 6) ** alpha, https://arxiv.org/abs/1609.08144,
     is weaker on short outputs."""
+    coverage_penalty: float = 0.0
+    """Weight of GNMT's coverage penalty (equation 14 of https://arxiv.org/abs/1609.08144) in the final ranking of the
+    hypotheses: above 0, those that leave parts of the source unread fall behind; 0.2 is usual."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +43,8 @@ class Beam(Strategy):
             raise ValueError(f"beam is {self.beam}; a search keeps at least 1 hypothesis.")
         if not math.isfinite(self.length_penalty):
             raise ValueError(f"length_penalty is {self.length_penalty}; a finite number is needed, such as 1.0.")
+        if not (math.isfinite(self.coverage_penalty) and self.coverage_penalty >= 0):
+            raise ValueError(f"coverage_penalty is {self.coverage_penalty}; it must be 0 or more, such as 0.2.")
 
     @torch.inference_mode()
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
@@ -51,7 +57,18 @@ class Beam(Strategy):
         totals[:, 0] = 0
         while not frontier.done:
             totals = self._advance(frontier, totals, frontier.step().best(2 * self.beam, totals))
-        return frontier.best()
+        found = frontier.best()
+        return self._by_coverage(stepper, found) if self.coverage_penalty else found
+
+    def _by_coverage(self, stepper: Stepper, found: list[list[Hypothesis]]) -> list[list[Hypothesis]]:
+        """Add the coverage penalty to every score, and rank anew: one pass over what was found."""
+        penalties = stepper.coverage_penalty(as_targets(found, self.beam, stepper.device)).view(-1, self.beam).tolist()
+        ranked = []
+        for hypotheses, row in zip(found, penalties, strict=True):
+            both = zip(hypotheses, row, strict=False)
+            scored = [replace(one, score=one.score + self.coverage_penalty * penalty) for one, penalty in both]
+            ranked.append(sorted(scored, key=lambda one: (not one.finished, -one.score)))
+        return ranked
 
     def _advance(self, frontier: Frontier, totals: Tensor, best: Candidates) -> Tensor:
         """Collect what ends and let the rest go on; return the new totals [sentences, beam]."""

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from encdec_cli.decoding import coverage
 from encdec_cli.decoding.scorer import Scores, normalise
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import BOS, PAD, UNK
@@ -68,6 +69,15 @@ class Stepper:
         for _, state in self._members:
             state.reorder(rows)
         self.rows = rows.shape[0]
+
+    def coverage_penalty(self, target: Tensor) -> Tensor:
+        """Return GNMT's coverage penalty, without its weight, of known outputs: [rows].
+
+        target: [rows, tgt_len], `beam` rows for each sentence of the start, as `force.as_targets` makes it. Raises
+        UsageError for a model without attention.
+        """
+        models = [model for model, _ in self._members]
+        return coverage.penalty(coverage.received(models, self._source, self._mask, target, self.beam))
 
     def _logits(self, member: int, tokens: Tensor) -> Tensor:
         model, state = self._members[member]

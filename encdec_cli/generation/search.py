@@ -8,7 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.data.batch import collate
+from encdec_cli.data.batch import Batch, collate
+from encdec_cli.decoding import coverage
+from encdec_cli.decoding.attention import Head, align
+from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
 from encdec_cli.decoding.stepper import Stepper
 
@@ -27,19 +30,42 @@ class Search:
     Args:
         bundles: one model, or an ensemble of models that read and write the same ids.
         strategy: how to search.
+        head: what tells, of the first model, where the tokens of a hypothesis come from; None: nobody asks.
+        coverage: whether to tell how much of the source each hypothesis has left unread.
     """
 
-    def __init__(self, bundles: Sequence[Bundle], strategy: Strategy) -> None:
+    def __init__(
+        self, bundles: Sequence[Bundle], strategy: Strategy, head: Head | None = None, coverage: bool = False
+    ) -> None:
         self.models = [bundle.model for bundle in bundles]
         self.device = bundles[0].device
         self.strategy = strategy
+        self.head = head
+        self.coverage = coverage
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
         """Decode some sentences together; return the hypotheses of each, best first."""
-        batch = collate([job.source for job in jobs], None, range(len(jobs)))
-        stepper = Stepper(self.models, batch.source.to(self.device), batch.source_mask.to(self.device), self._beam)
-        return self.strategy(stepper, self._limits(jobs), rules=[])
+        batch = collate([job.source for job in jobs], None, range(len(jobs))).to(self.device)
+        stepper = Stepper(self.models, batch.source, batch.source_mask, self._beam)
+        found = self.strategy(stepper, self._limits(jobs), rules=[])
+        if self.head is not None or self.coverage:
+            self._look_back(batch, found)
+        return found
+
+    def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
+        """Read every hypothesis once more, to see what it looks at."""
+        known = (batch.source, batch.source_mask, as_targets(found, self._beam, self.device), self._beam)
+        # A sentence may have fewer hypotheses than rows.
+        rows = [(one, place * self._beam + rank) for place, some in enumerate(found) for rank, one in enumerate(some)]
+        if self.head is not None:
+            places = align(self.models[0], self.head, *known).tolist()
+            for hypothesis, row in rows:
+                hypothesis.alignment = places[row][: len(hypothesis.tokens)]
+        if self.coverage:
+            shares = coverage.unread(self.models, *known).tolist()
+            for hypothesis, row in rows:
+                hypothesis.unread = shares[row]
 
     @property
     def _beam(self) -> int:

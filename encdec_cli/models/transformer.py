@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -60,12 +61,29 @@ class DecoderLayer(nn.Module):
         self.feed_forward = _feed_forward(config)
         self.feed_forward_residual = _residual(config)
 
-    def forward(self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None) -> Tensor:
-        """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`."""
+    def forward(
+        self,
+        x: Tensor,
+        state: TransformerState,
+        layer: int,
+        rotary: Rotary | None,
+        seen: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`.
+
+        `seen`, if given, gets the weights of the attention to the source, [rows, heads, new, src_len].
+        """
         cache = state.caches[layer]
         keys, values = state.sources[layer]
+
+        def look(y: Tensor) -> Tensor:
+            if seen is not None:
+                seen.append(self.cross.weights(y, keys, state.mask))
+            mixed: Tensor = self.cross(y, keys, values, state.mask)
+            return mixed
+
         x = self.attention_residual(x, lambda y: self.attention(y, causal=True, cache=cache, rotary=rotary))
-        x = self.cross_residual(x, lambda y: self.cross(y, keys, values, state.mask))
+        x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
 
@@ -237,6 +255,15 @@ class Transformer(Model):
         state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden
+
+    def attention(self, tokens: Tensor, state: TransformerState) -> Iterator[Tensor]:  # type: ignore[override]
+        """Yield each layer's attention to the source, [rows, heads, new, src_len], for tokens [rows, new]."""
+        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        for number, layer in enumerate(self.decoder):
+            seen: list[Tensor] = []
+            x = layer(x, state, number, self.rotary, seen)
+            yield seen[0]
+        state.length += tokens.shape[1]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
