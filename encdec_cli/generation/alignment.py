@@ -75,7 +75,9 @@ def _pairs(bundle: Bundle, examples: Iterable[Example]) -> tuple[list[list[int]]
     """Return ids of sources and targets that the model reads whole, until there are enough."""
     sources: list[list[int]] = []
     targets: list[list[int]] = []
-    cells, most = 0, bundle.recipe.text.max_target - 1
+    limits = [bundle.recipe.text.max_target, bundle.model.max_positions]
+    most = min(limit for limit in limits if limit is not None) - 1
+    cells = 0
     for example in examples:
         source = bundle.source.encode(bundle.task.source(example))
         target = bundle.target.encode(bundle.task.target(example))

@@ -204,7 +204,7 @@ class CrossAttention(nn.Module):
 
     def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
         """Return the weights [rows, heads, new, src_len] with which `forward` mixes the source, in float32."""
-        weights = _weights(self._queries(x, keys), keys, mask).float()
+        weights = _weights(self._queries(x, keys).float(), keys.float(), mask)
         # From one long query a sentence to one query a row.
         sentences, heads, _, length = weights.shape
         return weights.view(sentences, heads, -1, x.shape[1], length).transpose(1, 2).flatten(0, 1)
