@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from encdec_cli.decoding.force import score_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Memory, Model
 
 BOS, EOS = 2, 3
@@ -202,6 +203,23 @@ def projecting(case: Case) -> None:
     case.expect(parts, whole, "project in chunks must equal project at once")
 
 
+@torch.no_grad()
+def attention(case: Case) -> None:
+    """Where a model shows its attention: it sums to 1 over the source's tokens, and any split shows the same."""
+    state = case.model.start(case.model.encode(case.source, case.mask))
+    try:
+        whole = list(case.model.attention(case.target, state))
+    except UsageError:
+        return
+    state = case.model.start(case.model.encode(case.source, case.mask))
+    steps = [list(case.model.attention(token, state)) for token in torch.split(case.target, 1, dim=1)]
+    for weights, parts in zip(whole, zip(*steps, strict=True), strict=True):
+        case.expect(weights.sum(-1), torch.ones(weights.shape[:-1]), "attention must sum to 1")
+        masked = weights * ~case.mask[:, None, None]
+        case.expect(masked, torch.zeros_like(masked), "attention must be 0 where the mask is False")
+        case.expect(torch.cat(parts, dim=2), weights, "attention step by step must equal attention at once")
+
+
 def gradients(case: Case) -> None:
     """A loss reaches every parameter with a finite gradient that is not all zero."""
     case.model.zero_grad()
@@ -217,7 +235,15 @@ def gradients(case: Case) -> None:
     case.model.zero_grad()
 
 
-LAWS: tuple[Callable[[Case], None], ...] = (any_split, padding, no_future, reordering, projecting, gradients)
+LAWS: tuple[Callable[[Case], None], ...] = (
+    any_split,
+    padding,
+    no_future,
+    reordering,
+    projecting,
+    attention,
+    gradients,
+)
 """Every law of models, in the order in which `check` tries them."""
 
 

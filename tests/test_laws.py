@@ -213,6 +213,28 @@ class MixesRows(Transformer):
         return super().project(hidden - hidden.mean(dim=0))
 
 
+class ShowsPadding(Transformer):
+    """Shows attention to padding."""
+
+    def attention(self, tokens, state):
+        for weights in super().attention(tokens, state):
+            yield torch.full_like(weights, 1 / weights.shape[-1])
+
+
+class ShowsScores(Transformer):
+    """Shows attention that is not normalised."""
+
+    def attention(self, tokens, state):
+        return (2 * weights for weights in super().attention(tokens, state))
+
+
+class ShowsTheLast(Transformer):
+    """Shows for every position the attention of the last."""
+
+    def attention(self, tokens, state):
+        return (weights[:, :, -1:].expand_as(weights) for weights in super().attention(tokens, state))
+
+
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
@@ -223,6 +245,9 @@ class MixesRows(Transformer):
         (ForgetsSentences, "reorder"),
         (UnusedWeight, "unused gets no gradient"),
         (MixesRows, "project in chunks"),
+        (ShowsPadding, "attention must be 0 where the mask is False"),
+        (ShowsScores, "attention must sum to 1"),
+        (ShowsTheLast, "attention step by step"),
     ],
 )
 def test_every_law_catches_who_breaks_it(broken, sentence):

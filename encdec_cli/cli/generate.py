@@ -7,9 +7,10 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,23 @@ ScoresOption = Annotated[bool, typer.Option("--scores", help="Put the score and 
 JsonOption = Annotated[
     bool, typer.Option("--json", help="One JSON object a line; input lines that begin with { are records.")
 ]
+ScoreOption = Annotated[
+    bool,
+    typer.Option(
+        "--score",
+        help="Write nothing new: tell how likely the target is that stands after each line's last TAB, as natural "
+        "log-probability, tokens and perplexity.",
+    ),
+]
+AlignmentsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--alignments",
+        metavar="best|LAYER|LAYER.HEAD",
+        help="Add word alignments, i-j pairs counted from 0, after each output: from the attention of the head that "
+        "agrees best on the validation split, of a decoder layer, or of a head.",
+    ),
+]
 BatchOption = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")]
 WorkersOption = Annotated[
     int | None,
@@ -92,6 +110,8 @@ def generate(
     n_best: NBestOption = 1,
     scores: ScoresOption = False,
     as_json: JsonOption = False,
+    score: ScoreOption = False,
+    alignments: AlignmentsOption = None,
     batch: BatchOption = 64,
     workers: WorkersOption = None,
     exact: ExactOption = False,
@@ -101,33 +121,38 @@ def generate(
 ) -> None:
     """Write the model's output for each line: one line out per line in, in order, as batches finish.
 
-    An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
+    An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process. With --score
+    nothing is written anew: each line is a source, a TAB and a target, and the model tells how likely that is.
     """
+    from encdec_cli.cli import scoring
     from encdec_cli.cli.models import choose_ensemble, decode, load_bundles
+    from encdec_cli.cli.output import write_line
     from encdec_cli.errors import UsageError
-    from encdec_cli.generation.lines import WINDOW_BATCHES, Options
+    from encdec_cli.generation.lines import Options
     from encdec_cli.text.lines import LineReport
-    from encdec_cli.text.options import without_surrogates
-    from encdec_cli.text.windows import arriving_windows, full_windows
     from encdec_cli.training.machine import decoding_workers
 
     if workers and device != "cpu":
         raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
+    if score:
+        scoring.refuse_search(beam, strategy, n_best, scores, workers, rerank)
     average = choose_ensemble(ensemble.value, weights)
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
-    chosen = choose_strategy(bundles[0], strategy, beam, n_best)
-    options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact, average)
+    head = scoring.choose_head(bundles[0], alignments) if alignments else None
     report = LineReport()
-    examples = _examples(bundles[0], file, as_json, report)
-    size = batch * WINDOW_BATCHES
-    windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
+    windows = _windows(bundles[0], file, as_json, score, batch, report)
+    if score:
+        cut = scoring.write_scores(bundles, windows, as_json, batch, exact, average, head)
+        _tell(report, cut, min(bundle.longest_source for bundle in bundles))
+        return
+    chosen = choose_strategy(bundles[0], strategy, beam, n_best)
+    options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact, average, head)
     line = _json_line if as_json else _text_line
     cut = 0
     with closing(decode(bundles, windows, options, rerank)) as results:
         for number, result in enumerate(results, start=1):
             cut += result.truncated
-            sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
-            sys.stdout.buffer.flush()
+            write_line(line(number, result, options, scores))
     _tell(report, cut, min(bundle.longest_source for bundle in bundles))
 
 
@@ -169,13 +194,31 @@ def _is_complete(file: Path | None) -> bool:
     return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
 
-def _examples(bundle: Bundle, file: Path | None, as_json: bool, report: LineReport) -> Iterator[Example]:
+def _windows(
+    bundle: Bundle, file: Path | None, as_json: bool, score: bool, batch: int, report: LineReport
+) -> Iterator[list[Example]]:
+    """Yield the input as it is to be sorted and decoded, or scored, together."""
+    from encdec_cli.cli import scoring
+    from encdec_cli.generation.lines import WINDOW_BATCHES
+    from encdec_cli.text.windows import arriving_windows, full_windows
+
+    read = partial(scoring.read_pair, bundle.task) if score else bundle.task.read
+    examples = _examples(bundle, file, as_json, report, read)
+    if score:
+        examples = scoring.with_targets(examples, file)
+    size = batch * WINDOW_BATCHES
+    return full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
+
+
+def _examples(
+    bundle: Bundle, file: Path | None, as_json: bool, report: LineReport, read: Callable[[str], Example]
+) -> Iterator[Example]:
     from encdec_cli.errors import DataError
     from encdec_cli.text.lines import read_lines
 
     for number, line in enumerate(read_lines(file, report), start=1):
         if not (as_json and line.lstrip().startswith("{")):
-            yield bundle.task.read(line)
+            yield read(line)
             continue
         try:
             yield bundle.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
@@ -197,12 +240,13 @@ def _number(text: str) -> float:
 
 def _text_line(number: int, result: Generated, options: Options, scores: bool) -> str:
     columns = []
-    several = scores or options.n_best > 1
+    several = scores or options.n_best > 1 or options.head is not None
     for candidate in result.candidates:
         score = candidate.score if candidate.rerank_score is None else candidate.rerank_score
         columns += [f"{score:.4f}"] if scores else []
         # A TAB of the text would be read as a column's end.
         columns += [candidate.text.replace("\t", " ") if several else candidate.text]
+        columns += [candidate.alignment] if candidate.alignment is not None else []
     return "\t".join(columns)
 
 
@@ -220,4 +264,5 @@ def _json_line(number: int, result: Generated, options: Options, scores: bool) -
 def _output(candidate: Candidate) -> dict[str, Any]:
     scores = {"score": candidate.score, "rerank_score": candidate.rerank_score}
     rounded = {key: round(score, 6) for key, score in scores.items() if score is not None}
-    return {"text": candidate.text, **rounded, "token_scores": [round(s, 6) for s in candidate.token_scores]}
+    output = {"text": candidate.text, **rounded, "token_scores": [round(s, 6) for s in candidate.token_scores]}
+    return output if candidate.alignment is None else output | {"alignment": candidate.alignment}

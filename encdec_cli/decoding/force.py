@@ -8,12 +8,26 @@ import torch
 from torch import Tensor
 
 from encdec_cli.decoding.ensemble import MEAN, Ensemble, for_each
+from encdec_cli.decoding.hypothesis import Hypothesis
 from encdec_cli.decoding.scorer import normalise
 from encdec_cli.models.model import Model
-from encdec_cli.text.vocabulary import PAD
+from encdec_cli.text.vocabulary import BOS, EOS, PAD
 
 POSITIONS = 256
 """Positions projected at a time, so that the logits of a batch never stand whole."""
+
+
+def as_targets(found: Sequence[Sequence[Hypothesis]], beam: int, device: torch.device) -> Tensor:
+    """Return hypotheses as known outputs: [sentences x beam, tgt_len], BOS + tokens (+ EOS if finished), padded.
+
+    A sentence with fewer than `beam` of them is filled up with rows of BOS alone.
+    """
+    targets = []
+    for hypotheses in found:
+        targets += [[BOS, *one.tokens, *[EOS] * one.finished] for one in hypotheses]
+        targets += [[BOS]] * (beam - len(hypotheses))
+    width = max(2, *map(len, targets))  # so that there is a token to predict
+    return torch.tensor([target + [PAD] * (width - len(target)) for target in targets], device=device)
 
 
 @torch.inference_mode()

@@ -31,6 +31,10 @@ class Hypothesis:
     """Natural log-probability of each token, that of EOS last if `finished`."""
     finished: bool
     """Whether EOS was written, or the length limit cut the output."""
+    alignment: list[int] | None = None
+    """Which source token each token comes from, where that was asked for after the search."""
+    unread: float | None = None
+    """Share of source tokens that it has hardly looked at, where that was asked for after the search."""
 
 
 @dataclass

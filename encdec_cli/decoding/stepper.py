@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from encdec_cli.decoding import coverage
 from encdec_cli.decoding.ensemble import MEAN, Ensemble, for_each
 from encdec_cli.decoding.scorer import Scores
 from encdec_cli.models.model import Model
@@ -79,6 +80,15 @@ class Stepper:
         for _, state in self._members:
             state.reorder(rows)
         self.rows = rows.shape[0]
+
+    def coverage_penalty(self, target: Tensor) -> Tensor:
+        """Return GNMT's coverage penalty, without its weight, of known outputs, by the first model: [rows].
+
+        target: [rows, tgt_len], `beam` rows for each sentence of the start, as `force.as_targets` makes it. Raises
+        UsageError for a model without attention.
+        """
+        model, _ = self._members[0]
+        return coverage.penalty(coverage.received(model, self._source, self._mask, target, self.beam))
 
     def _logits(self, member: int, tokens: Tensor) -> Tensor:
         model, state = self._members[member]

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.decoding.attention import Head
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
 from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.generation.alignment import word_links
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
@@ -36,6 +38,10 @@ class Options:
     """Whether a line's output must not depend on its neighbours, the threads and the workers in a single bit."""
     ensemble: Ensemble = MEAN
     """How several models are averaged."""
+    head: Head | None = None
+    """What word alignments are read from, of the first model; None: there are none."""
+    coverage: bool = False
+    """Whether candidates tell how much of the source they leave unread."""
 
 
 @dataclass
@@ -48,6 +54,10 @@ class Candidate:
     """Natural log-probability of each token, that of EOS last."""
     finished: bool
     """False where the length limit cut the output."""
+    alignment: str | None = None
+    """Words of the source and of the output that belong together, `0-0 1-2 …`, where that was asked for."""
+    unread: float | None = None
+    """Share of source tokens that it has hardly looked at, where that was asked for; see `coverage.low_coverage`."""
     rerank_score: float | None = None
     """What a reranker ordered it by, if there was one."""
 
@@ -105,7 +115,9 @@ def generate(
     The text of a candidate never holds a line break.
     """
     check_ensemble(bundles, options.ensemble)
-    with closing(_Decoder(Search(bundles, options.strategy, options.ensemble), options)) as decoder:
+    with closing(
+        _Decoder(Search(bundles, options.strategy, options.ensemble, options.head, options.coverage), options)
+    ) as decoder:
         for window in windows:
             yield from _decode_window(bundles, window, decoder)
 
@@ -184,4 +196,7 @@ def _candidate(bundle: Bundle, line: _Line, hypothesis: Hypothesis) -> Candidate
     text = bundle.task.write(line.result.example, bundle.target.decode(hypothesis.tokens))
     # One line in, one line out: byte fallback can write any character.
     text = text.replace("\r", " ").replace("\n", " ")
-    return Candidate(text, hypothesis.score, hypothesis.token_scores, hypothesis.finished)
+    links = None
+    if hypothesis.alignment is not None:
+        links = word_links(bundle, line.job.source, hypothesis.tokens, hypothesis.alignment)
+    return Candidate(text, hypothesis.score, hypothesis.token_scores, hypothesis.finished, links, hypothesis.unread)

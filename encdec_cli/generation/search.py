@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.data.batch import collate
+from encdec_cli.data.batch import Batch, collate
+from encdec_cli.decoding import coverage
+from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
+from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
 from encdec_cli.decoding.stepper import Stepper
 
@@ -31,13 +34,24 @@ class Search:
         bundles: one model, or an ensemble of models that write the same ids.
         strategy: how to search.
         ensemble: how several models are averaged.
+        head: what tells, of the first model, where the tokens of a hypothesis come from; None: nobody asks.
+        coverage: whether to tell how much of the source each hypothesis has left unread, by the first model.
     """
 
-    def __init__(self, bundles: Sequence[Bundle], strategy: Strategy, ensemble: Ensemble = MEAN) -> None:
+    def __init__(
+        self,
+        bundles: Sequence[Bundle],
+        strategy: Strategy,
+        ensemble: Ensemble = MEAN,
+        head: Head | None = None,
+        coverage: bool = False,
+    ) -> None:
         self.models = [bundle.model for bundle in bundles]
         self.device = bundles[0].device
         self.strategy = strategy
         self.ensemble = ensemble
+        self.head = head
+        self.coverage = coverage
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
@@ -46,7 +60,25 @@ class Search:
         batches = [collate(ids, None, range(len(jobs))).to(self.device) for ids in read]
         sources, masks = [batch.source for batch in batches], [batch.source_mask for batch in batches]
         stepper = Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble)
-        return self.strategy(stepper, self._limits(jobs), rules=[])
+        found = self.strategy(stepper, self._limits(jobs), rules=[])
+        if self.head is not None or self.coverage:
+            self._look_back(batches[0], found)
+        return found
+
+    def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
+        """Let the first model read every hypothesis once more, to see what it looks at."""
+        beam = self.strategy.beam
+        known = (batch.source, batch.source_mask, as_targets(found, beam, self.device), beam)
+        # A sentence may have fewer hypotheses than rows.
+        rows = [(one, place * beam + rank) for place, some in enumerate(found) for rank, one in enumerate(some)]
+        if self.head is not None:
+            places = align(self.models[0], self.head, *known).tolist()
+            for hypothesis, row in rows:
+                hypothesis.alignment = places[row][: len(hypothesis.tokens)]
+        if self.coverage:
+            shares = coverage.unread(self.models[0], *known).tolist()
+            for hypothesis, row in rows:
+                hypothesis.unread = shares[row]
 
     def _limits(self, jobs: Sequence[Job]) -> Limits:
         maximum = torch.tensor([length_limit(self.strategy.max_length, len(job.source)) for job in jobs])

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 import torch
 
 from encdec_cli.decoding.hypothesis import Hypothesis
-from encdec_cli.errors import ResourceError
+from encdec_cli.errors import ResourceError, UsageError
 from encdec_cli.generation.search import Job
 
 Decode = Callable[[Sequence[Job]], list[list[Hypothesis]]]
@@ -92,6 +92,8 @@ class Workers:
                 f"a worker process has ended (exit code {process.exitcode}), perhaps for lack of memory; use a "
                 "smaller --batch, or --workers 1."
             ) from None
+        if "refused" in answer:
+            raise UsageError(answer["refused"])
         if "error" in answer:
             raise RuntimeError(f"in a worker process: {answer['error']}")
         return [[Hypothesis(**one) for one in hypotheses] for hypotheses in answer["found"]]
@@ -123,5 +125,7 @@ def _receive(pipe: Connection, groups: SimpleQueue[bytes]) -> None:
 def _answer(decode: Decode, jobs: Sequence[Job]) -> dict[str, object]:
     try:
         return {"found": [[asdict(one) for one in hypotheses] for hypotheses in decode(jobs)]}
+    except UsageError as error:
+        return {"refused": str(error)}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}

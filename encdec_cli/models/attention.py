@@ -72,10 +72,12 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
 
 
 def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    return drop(_weights(query, key, mask), dropout) @ value
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-    if mask is not None:
-        scores = scores + mask
-    return drop(softmax(scores), dropout) @ value
+    return softmax(scores if mask is None else scores + mask)
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -256,8 +258,17 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from x [rows, new, dim] to a source; the rows of a sentence are one longer query."""
-        query: Tensor = self.query(x)
-        query = query.view(len(keys), -1, self.heads, keys.shape[-1]).transpose(1, 2)
-        mixed = attend(query, keys, values, mask, dropout=self.dropout if self.training else 0.0)
+        mixed = attend(self._queries(x, keys), keys, values, mask, dropout=self.dropout if self.training else 0.0)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(x.shape))
         return output
+
+    def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the weights [rows, heads, new, src_len] with which `forward` mixes the source, in float32."""
+        weights = _weights(self._queries(x, keys).float(), keys.float(), mask)
+        # From one long query a sentence to one query a row.
+        sentences, heads, _, length = weights.shape
+        return weights.view(sentences, heads, -1, x.shape[1], length).transpose(1, 2).flatten(0, 1)
+
+    def _queries(self, x: Tensor, keys: Tensor) -> Tensor:
+        query: Tensor = self.query(x)
+        return query.view(len(keys), -1, self.heads, keys.shape[-1]).transpose(1, 2)

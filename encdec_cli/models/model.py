@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
+
+from encdec_cli.errors import UsageError
 
 
 @dataclass
@@ -64,6 +67,16 @@ class Model(nn.Module):
     @abstractmethod
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden states [n, dim]. The output layer; it is called in chunks."""
+
+    def attention(self, tokens: Tensor, state: State) -> Iterator[Tensor]:
+        """Read the next tokens as `decode` does, and yield how each layer looks at the source meanwhile.
+
+        tokens: [rows, new]; yields [rows, heads, new, src_len] float32 for each decoder layer, from the first on:
+        position t is where the model looks to predict the token after t. A row of it sums to 1, with nothing
+        where the source is masked. Who stops early spares the layers that follow, and leaves the state unfit for
+        more. Optional: raises UsageError for a model that has none.
+        """
+        raise UsageError(f"this model ({type(self).__name__}) has no attention to show.")
 
     def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         """Return hidden states [sentences, tgt_len, dim] for all target positions at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -61,16 +62,30 @@ class DecoderLayer(nn.Module):
         self.feed_forward_residual = _residual(config)
 
     def forward(
-        self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        state: TransformerState,
+        layer: int,
+        rotary: Rotary | None,
+        mask: Tensor | None = None,
+        seen: list[Tensor] | None = None,
     ) -> Tensor:
         """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`.
 
-        mask: as `Ancestry.extend` gives it.
+        mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
+        [rows, heads, new, src_len].
         """
         cache, start, beam = state.caches[layer], state.length, state.ancestry.beam
         keys, values = state.sources[layer]
+
+        def look(y: Tensor) -> Tensor:
+            if seen is not None:
+                seen.append(self.cross.weights(y, keys, state.mask))
+            mixed: Tensor = self.cross(y, keys, values, state.mask)
+            return mixed
+
         x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, cache, rotary, start, beam))
-        x = self.cross_residual(x, lambda y: self.cross(y, keys, values, state.mask))
+        x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
 
@@ -243,6 +258,16 @@ class Transformer(Model):
         state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden
+
+    def attention(self, tokens: Tensor, state: TransformerState) -> Iterator[Tensor]:  # type: ignore[override]
+        """Yield each layer's attention to the source, [rows, heads, new, src_len], for tokens [rows, new]."""
+        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        mask = state.ancestry.extend(tokens.shape[1], x)
+        for number, layer in enumerate(self.decoder):
+            seen: list[Tensor] = []
+            x = layer(x, state, number, self.rotary, mask, seen)
+            yield seen[0]
+        state.length += tokens.shape[1]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
