@@ -9,7 +9,9 @@ import stat
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from enum import Enum
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from encdec_cli.cli.options import DeviceOption, PluginOption, StrategyOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.cli.fail_on import FailOn
     from encdec_cli.decoding.hypothesis import Strategy
     from encdec_cli.generation.lines import Generated, Options
     from encdec_cli.text.example import Example
@@ -59,6 +62,15 @@ WorkersOption = Annotated[
 ExactOption = Annotated[
     bool, typer.Option("--exact", help="Decode each line alone: no bit depends on batches, threads or neighbours.")
 ]
+FailOnOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fail-on",
+        metavar="WORD,…",
+        help="Exit with 3 in the end if a line has such a status or flag, such as truncated,loop.",
+    ),
+]
+SchemaOption = Annotated[bool, typer.Option("--schema", help="Write the JSON Schema of --json's records and exit.")]
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
@@ -75,6 +87,8 @@ def generate(
     n_best: NBestOption = 1,
     scores: ScoresOption = False,
     as_json: JsonOption = False,
+    fail_on: FailOnOption = None,
+    schema: SchemaOption = False,
     batch: BatchOption = 64,
     workers: WorkersOption = None,
     exact: ExactOption = False,
@@ -86,17 +100,21 @@ def generate(
 
     An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
     """
+    if schema:
+        print(files("encdec_cli.generation").joinpath("record.schema.json").read_text(encoding="utf-8"), end="")
+        return
+    from encdec_cli.cli.fail_on import FailOn
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.errors import UsageError
     from encdec_cli.generation.lines import WINDOW_BATCHES, Options
     from encdec_cli.generation.lines import generate as decode
     from encdec_cli.text.lines import LineReport
-    from encdec_cli.text.options import without_surrogates
     from encdec_cli.text.windows import arriving_windows, full_windows
     from encdec_cli.training.machine import decoding_workers
 
     if workers and device != "cpu":
         raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
+    watch = FailOn(fail_on)
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
     options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact)
@@ -104,14 +122,44 @@ def generate(
     examples = _examples(bundles[0], file, as_json, report)
     size = batch * WINDOW_BATCHES
     windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
-    line = _json_line if as_json else _text_line
+    write = _Writer(bundles[0], options, scores, as_json, watch)
     cut = 0
     with closing(decode(bundles, windows, options)) as results:
         for number, result in enumerate(results, start=1):
             cut += result.truncated
-            sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
-            sys.stdout.buffer.flush()
+            write(number, result)
     _tell(report, cut, bundles[0].longest_source)
+    watch.check()
+
+
+@dataclass
+class _Writer:
+    """Writes results to stdout, and notes those that --fail-on names."""
+
+    bundle: Bundle
+    options: Options
+    scores: bool
+    as_json: bool
+    watch: FailOn
+
+    def __call__(self, number: int, result: Generated) -> None:
+        from encdec_cli.generation.flags import flags
+        from encdec_cli.text.options import without_surrogates
+
+        found = flags(self.bundle, result) if self.as_json or self.watch.named else []
+        columns = _json_line(number, result, self.options, found) if self.as_json else self._text_line(result)
+        sys.stdout.buffer.write(without_surrogates(columns).encode() + b"\n")
+        sys.stdout.buffer.flush()
+        self.watch.note(number, [*result.troubles, *found])
+
+    def _text_line(self, result: Generated) -> str:
+        columns = []
+        several = self.scores or self.options.n_best > 1
+        for candidate in result.candidates:
+            columns += [f"{candidate.score:.4f}"] if self.scores else []
+            # A TAB of the text would be read as a column's end.
+            columns += [candidate.text.replace("\t", " ") if several else candidate.text]
+        return "\t".join(columns)
 
 
 def _tell(report: LineReport, cut: int, most: int) -> None:
@@ -125,14 +173,15 @@ def _tell(report: LineReport, cut: int, most: int) -> None:
 
 
 def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:
-    """Return the strategy of --strategy, else the recipe's, with the beam of --beam."""
+    """Return the strategy of --strategy, else the recipe's (with the keys of --strategy), with the beam of --beam."""
     from dataclasses import replace
 
     from encdec_cli.config import parse_component
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import strategies
 
-    chosen: Strategy = parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
+    own = bundle.recipe.decoding
+    chosen: Strategy = parse_component(named, strategies, "--strategy", own) if named else own.config
     if beam is not None:
         chosen = replace(chosen, beam=beam)
     elif named and "beam=" not in named and n_best > chosen.beam:
@@ -175,25 +224,15 @@ def _number(text: str) -> float:
     return value
 
 
-def _text_line(number: int, result: Generated, options: Options, scores: bool) -> str:
-    columns = []
-    several = scores or options.n_best > 1
-    for candidate in result.candidates:
-        columns += [f"{candidate.score:.4f}"] if scores else []
-        # A TAB of the text would be read as a column's end.
-        columns += [candidate.text.replace("\t", " ") if several else candidate.text]
-    return "\t".join(columns)
-
-
-def _json_line(number: int, result: Generated, options: Options, scores: bool) -> str:
-    """Return the record of a line: the input's own fields, then ours, which win where names clash."""
+def _json_line(number: int, result: Generated, options: Options, flags: list[str]) -> str:
+    """Return the record of a line as `record.schema.json` describes it: the input's own fields, then ours."""
     record: dict[str, Any] = {"id": number, **result.example.record}
     outputs = [
         {"text": c.text, "score": round(c.score, 6), "token_scores": [round(s, 6) for s in c.token_scores]}
         for c in result.candidates
     ]
     record |= outputs[0] if outputs else {"text": "", "score": 0.0, "token_scores": []}
-    record["status"] = result.status
+    record |= {"status": result.status, "flags": flags}
     if options.n_best > 1:
         record["candidates"] = outputs
     return json.dumps(record, ensure_ascii=False)

@@ -25,6 +25,7 @@ class Stepper:
         source: [sentences, src_len] ids.
         mask: [sentences, src_len]; True where there is a token.
         beam: rows for each sentence; the rows of a sentence stand together.
+        forbidden: tokens that are never candidates.
     """
 
     @torch.inference_mode()
@@ -34,6 +35,7 @@ class Stepper:
         source: Tensor,
         mask: Tensor,
         beam: int = 1,
+        forbidden: Sequence[int] = NEVER_WRITTEN,
     ) -> None:
         if not models:
             raise ValueError("a Stepper needs at least one model")
@@ -44,6 +46,7 @@ class Stepper:
         self.beam = beam
         self.device = source.device
         self._source, self._mask = source, mask
+        self._forbidden = forbidden
         self._members = [(model, model.start(model.encode(source, mask), beam)) for model in models]
 
     @cached_property
@@ -59,8 +62,8 @@ class Stepper:
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
         if len(self._members) == 1:
-            return Scores(self._logits(0, tokens), NEVER_WRITTEN)
-        return Scores(self._mean(tokens), NEVER_WRITTEN, normalised=True)
+            return Scores(self._logits(0, tokens), self._forbidden)
+        return Scores(self._mean(tokens), self._forbidden, normalised=True)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
