@@ -308,7 +308,9 @@ def command(folder, capfd):
         out, errors = capfd.readouterr()
         return code, out.split("\n")[:-1], errors
 
-    return call
+    threads = torch.get_num_threads()
+    yield call
+    torch.set_num_threads(threads)  # the command takes all cores
 
 
 def test_every_record_fits_the_schema(command, capfd):

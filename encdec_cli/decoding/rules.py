@@ -135,8 +135,9 @@ class Boosted:
         self._next = (before + 1) / lengths * (1 - self._last)
         # A token may be due at several places of a phrase: what is lent then is the share of the farthest.
         moves = torch.stack((self._phrase, tensor([phrases[k][0][j] for j, k in places])), 1)
-        (of, self._move_token), self._move = (part.T for part in torch.unique(moves, dim=0, return_inverse=True))
-        self._move_bonus = self._bonus[of]
+        distinct, self._move = torch.unique(moves, dim=0, return_inverse=True)
+        self._move_token = distinct[:, 1]
+        self._move_bonus = self._bonus[distinct[:, 0]]
 
     def __call__(self, scores: Tensor, prefix: Tensor, sentences: Tensor) -> Tensor:
         """Add what each token begins, continues or completes; take back what it breaks off."""

@@ -31,10 +31,12 @@ def has_loop(tokens: Sequence[int]) -> bool:
     if len(tokens) - len(set(tokens)) < REPEATED:
         return False
     ids = np.asarray(tokens)
-    return any(
-        _longest_run(ids[period:] == ids[:-period]) >= max(REPEATED, (TIMES - 1) * period)
-        for period in range(1, len(tokens) // TIMES + 1)
-    )
+    for period in range(1, len(tokens) // TIMES + 1):
+        same = ids[period:] == ids[:-period]
+        enough = max(REPEATED, (TIMES - 1) * period)
+        if np.count_nonzero(same) >= enough and _longest_run(same) >= enough:
+            return True
+    return False
 
 
 def _longest_run(true: npt.NDArray[np.bool_]) -> int:
