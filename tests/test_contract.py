@@ -80,6 +80,15 @@ def test_words_are_banned_and_boosted(bundle):
     assert other in texts(bundle, Beam(beam=1, max_length=6, boosted={other: 50.0}), line)[0].split()
 
 
+def test_nothing_is_copied_from_the_source_but_its_end(bundle):
+    lines = [" ".join(WORDS[i : i + 6]) for i in range(0, 24, 6)]
+    for line, text in zip(
+        lines, texts(bundle, Beam(beam=3, no_repeat_source_ngram=1, max_length=5), *lines), strict=True
+    ):
+        assert text
+        assert not set(text.split()) & set(line.split())
+
+
 def test_unknown_words_are_allowed_only_when_asked_for(bundle):
     bundle = make_bundle()
     with torch.no_grad():
