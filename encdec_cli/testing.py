@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.decoding.force import score_targets
+from encdec_cli.decoding.forced import Forced
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
+from encdec_cli.decoding.rules import NoRepeatNgram, Rule
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Memory, Model
@@ -283,7 +285,8 @@ def check_strategy(strategy: Strategy, seed: int = 0, tolerance: float = 1e-4) -
     """Try every law on a strategy, with random models; raise LawError with the law's sentence if one does not hold.
 
     The laws: one to `beam` hypotheses a sentence, best first (finished before cut), within the limits, without special
-    tokens; their scores are the model's, so teacher forcing finds the same; padding and batch mates change nothing.
+    tokens; their scores are the model's, so teacher forcing finds the same; padding and batch mates change nothing;
+    rules are obeyed.
     """
     for vocab in (7, 19):
         random = torch.Generator().manual_seed(seed)
@@ -300,14 +303,29 @@ def check_strategy(strategy: Strategy, seed: int = 0, tolerance: float = 1e-4) -
                 again = _search(strategy, case, mates, limits)[-1]
                 if [one.tokens for one in again] != [one.tokens for one in hypotheses]:
                     raise LawError("padding and the other sentences of the batch must not change a sentence's outputs.")
+        _obedient(strategy, case, limits)
+
+
+def _obedient(strategy: Strategy, case: Case, limits: Limits) -> None:
+    """Law: no token is written twice and prefixes are kept, where rules say so."""
+    prefixes = [[], [5, 4], [], [6]]
+    rule = Forced(prefixes, [NoRepeatNgram(1)], case.source.device)
+    for sentence, hypotheses in enumerate(_search(strategy, case, [0, 1, 2, 3], limits, [rule])):
+        for hypothesis in hypotheses:
+            tokens, prefix = hypothesis.tokens, prefixes[sentence]
+            if tokens[: len(prefix)] != prefix or len(set(tokens)) < len(tokens):
+                raise LawError(f"a strategy must obey its rules: {tokens} must begin with {prefix}, no token twice.")
+            _scored_by_the_model(case, sentence, hypothesis)
 
 
 @torch.inference_mode()
-def _search(strategy: Strategy, case: Case, sentences: list[int], limits: Limits) -> list[list[Hypothesis]]:
+def _search(
+    strategy: Strategy, case: Case, sentences: list[int], limits: Limits, rules: Sequence[Rule] = ()
+) -> list[list[Hypothesis]]:
     longest = int(case.mask[sentences].sum(dim=1).max())
     source, mask = case.source[sentences, :longest], case.mask[sentences, :longest]
     stepper = Stepper([case.model], source, mask, strategy.rows)
-    return strategy(stepper, Limits(limits.minimum[sentences], limits.maximum[sentences]), [])
+    return strategy(stepper, Limits(limits.minimum[sentences], limits.maximum[sentences]), rules)
 
 
 def _legal(strategy: Strategy, hypotheses: list[Hypothesis], minimum: int, maximum: int) -> None:

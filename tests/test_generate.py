@@ -97,6 +97,10 @@ def test_json_records_keep_their_fields_and_tell_what_happened(copy_run):
     assert fourth["status"] == "truncated"
 
 
+def test_a_model_knows_the_usual_ratios_of_lengths(copy_run):
+    assert Bundle.load(copy_run).facts["length_ratios"] == [1.0, 1.0]
+
+
 def test_half_of_a_surrogate_pair_in_a_record_becomes_the_replacement_character(copy_run):
     done = encdec("generate", "--model", copy_run, "--json", stdin='{"source": "1", "note": "\\ud800"}\n')
     assert (done.returncode, json.loads(done.stdout)["note"]) == (0, "\ufffd"), done.stderr
@@ -255,7 +259,7 @@ def test_ctrl_c_leaves_with_130(copy_run):
         (["--strategy", "diverse,beam=4,groups=2", "--beam", "3"], 2, "the beam must be a multiple of the groups"),
         (["--device", "tpu9"], 2, "--device"),
         (["--strategy", "beam,max_length=2y"], 2, "2x+20"),
-        (["--strategy", "beam,zzz=1"], 2, "zzz: unknown key; expected beam, max_length, length_penalty"),
+        (["--strategy", "beam,zzz=1"], 2, "zzz: unknown key; expected beam, max_length, min_length, no_repeat_ngram"),
     ],
 )
 def test_mistakes_are_one_sentence_and_the_documented_code(copy_run, arguments, code, words):

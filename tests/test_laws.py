@@ -120,9 +120,15 @@ class Drawn(Sampling):
         return super().__call__(stepper, limits, rules)
 
 
+class Lawless(Beam):
+    def __call__(self, stepper, limits, rules):
+        return super().__call__(stepper, limits, [])
+
+
 @pytest.mark.parametrize(
     ("broken", "sentence"),
     [
+        (Lawless(beam=2), "must obey its rules"),
         (Unsorted(beam=3), "best first"),
         (Flattered(beam=2), "teacher forcing"),
         (TooLong(beam=1), "expected by the limits"),

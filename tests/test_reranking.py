@@ -43,7 +43,7 @@ lines = st.lists(st.text("ab. (", max_size=12), min_size=1, max_size=6)
 
 def candidates(*texts: str, chances: tuple[float, ...] = ()) -> list[Candidate]:
     scores = [math.log(chance) for chance in chances] or [-1.0] * len(texts)
-    return [Candidate(text, score, [score], True) for text, score in zip(texts, scores, strict=True)]
+    return [Candidate(text, score, [score], True, []) for text, score in zip(texts, scores, strict=True)]
 
 
 def order(reranker: Reranker, *texts: str) -> list[str]:
@@ -142,7 +142,7 @@ def test_one_candidate_is_chosen_and_equal_ones_keep_their_order(options):
     reranker = MinimumBayesRisk(**options)
     (only,) = rerank(Generated(SOURCE, candidates("x")), reranker, 1).candidates
     assert only.text == "x"
-    same = [Candidate("x y", score, [-1.0], True) for score in (3.0, 1.0, 2.0)]
+    same = [Candidate("x y", score, [-1.0], True, []) for score in (3.0, 1.0, 2.0)]
     found = rerank(Generated(SOURCE, same), reranker, 3).candidates
     assert [one.score for one in found] == [3.0, 1.0, 2.0]
     assert len({one.rerank_score for one in found}) == 1
@@ -158,7 +158,7 @@ def test_outputs_may_count_by_their_probability():
     by_probability = MinimumBayesRisk(metric="exact", weights="probability")
     assert by_probability(SOURCE, candidates("a", "b", "c", chances=(0.1, 0.3, 0.1))) == pytest.approx([20, 60, 20])
     # Probabilities far below the smallest float keep their proportions.
-    tiny = [Candidate(text, 0.0, [-2000.0, math.log(chance)], True) for text, chance in (("a", 0.1), ("b", 0.3))]
+    tiny = [Candidate(text, 0.0, [-2000.0, math.log(chance)], True, []) for text, chance in (("a", 0.1), ("b", 0.3))]
     assert by_probability(SOURCE, tiny) == pytest.approx([25, 75])
 
 
@@ -276,7 +276,7 @@ def noisy_channel(monkeypatch):
 
 def three(*texts: str) -> list[Candidate]:
     """Candidates whose own log-probability is -1 for each word and -0.5 for the end."""
-    return [Candidate(text, 0.0, [-1.0] * len(text.split()) + [-0.5], True) for text in texts]
+    return [Candidate(text, 0.0, [-1.0] * len(text.split()) + [-0.5], True, []) for text in texts]
 
 
 def test_the_channel_prefers_what_explains_the_source(noisy_channel):

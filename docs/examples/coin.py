@@ -26,7 +26,8 @@ class Coin(Strategy):
         walk = Walk(stepper, limits, rules)
         coins = streams(1, stepper.keys, self.beam, stepper.device)
         while not walk.done:
-            tokens = walk.step().top(2)[1]
-            side = (uniform(coins[walk.origin], walk.written) >= self.bias).long()
-            walk.move(tokens.gather(1, side[:, None])[:, 0])
+            log_probs, tokens = walk.step().top(2)
+            second = uniform(coins[walk.origin], walk.written) >= self.bias
+            second &= log_probs[:, 1].isfinite()  # rules may leave a single token
+            walk.move(tokens.gather(1, second.long()[:, None])[:, 0])
         return walk.best()

@@ -41,7 +41,7 @@ class Bundle:
     source: Tokenizer
     target: Tokenizer
     facts: dict[str, Any] = field(default_factory=dict)
-    """How the model came about: update, score, metric, averaged checkpoints."""
+    """How the model came about: update, scores, averaged checkpoints, usual ratios of target to source length."""
     plugins: Sequence[Plugin] = ()
     """The plugin files that the model was made with; of a loaded bundle, their names without folders."""
 

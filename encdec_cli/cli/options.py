@@ -14,7 +14,9 @@ ModelOption = Annotated[
 StrategyOption = Annotated[
     str | None,
     typer.Option(
-        "--strategy", metavar="NAME,KEY=VALUE,…", help="How to search, such as sampling,temperature=0.8,seed=1."
+        "--strategy",
+        metavar="NAME,KEY=VALUE,…",
+        help="How to search, such as sampling,temperature=0.8,seed=1; keys alone change the recipe's strategy.",
     ),
 ]
 RerankOption = Annotated[

@@ -62,13 +62,19 @@ def _best_head(bundle: Bundle) -> Head:
 
 
 def refuse_search(
-    beam: int | None, strategy: str | None, n_best: int, scores: bool, workers: int | None, rerank: str | None
+    beam: int | None,
+    strategy: str | None,
+    n_best: int,
+    scores: bool,
+    workers: int | None,
+    rerank: str | None,
+    fail_on: str | None,
 ) -> None:
     """Raise UsageError if a flag was given that says how to search, which scoring does not."""
     from encdec_cli.errors import UsageError
 
     given = {"--beam": beam, "--strategy": strategy, "--n-best": n_best > 1, "--scores": scores, "--workers": workers}
-    given["--rerank"] = rerank
+    given |= {"--rerank": rerank, "--fail-on": fail_on}
     useless = [flag for flag, value in given.items() if value]
     if useless:
         raise UsageError(f"--score searches for nothing; leave {' and '.join(useless)} out.")

@@ -8,7 +8,7 @@ from typing import Any
 from encdec_cli.config.checks import checked
 from encdec_cli.config.mistakes import Mistakes, tell
 from encdec_cli.config.schema import keys, model_of, plain_value, schema_of
-from encdec_cli.config.tree import Node, Place, PlacedError, plain, value_of
+from encdec_cli.config.tree import Node, Place, PlacedError, from_plain, plain, value_of
 from encdec_cli.errors import EncdecError
 from encdec_cli.registry import Registry, nearest
 
@@ -102,38 +102,58 @@ def _component(cls: type[Any], name: str, node: Node, path: str, mistakes: Mista
     return None if config is None else Component(name, config, cls)
 
 
-def parse_component(text: str, registry: Registry[type[Any]], flag: str) -> Any:
+def parse_component(text: str, registry: Registry[type[Any]], flag: str, base: Component | None = None) -> Any:
     """Read `name,key=value,…` of the command line, such as `sampling,temperature=0.8,seed=1`; return the component.
 
     Args:
         text: the word after the flag.
         registry: where the name is looked up.
         flag: the flag as the user wrote it, for messages.
+        base: whose keys are changed where the text has no name, such as `temperature=0.8`.
     """
     mistakes = Mistakes()
-    config = component_of(text, registry, Place(0, 0, f"{flag} {text}"), "", mistakes)
+    place = Place(0, 0, f"{flag} {text}")
+    if base is not None and "=" in _split(text)[0]:
+        config = _changed(base, text, place, mistakes)
+    else:
+        config = component_of(text, registry, place, "", mistakes)
     mistakes.check()
     return config
 
 
 def component_of(text: str, registry: Registry[type[Any]], place: Place, path: str, mistakes: Mistakes) -> Any:
     """Read `name,key=value,…` that stands at `place` under the key `path`; None after noting what is wrong with it."""
-    before = len(mistakes)
     name, *pairs = _split(text)
-    inside = {"name": Node(name, place, place)}
+    inside = _pairs(pairs, place, path, mistakes)
+    if inside is None:
+        return None
+    cls = _look_up(registry, Node(name, place, place), path, mistakes)
+    component = _component(cls, name, Node(dict(inside), place, place), path, mistakes) if cls else None
+    return None if component is None else component.config
+
+
+def _changed(base: Component, text: str, place: Place, mistakes: Mistakes) -> Any:
+    changes = _pairs(_split(text), place, "", mistakes)
+    if changes is None:
+        return None
+    kept = {key: from_plain(value, place) for key, value in plain_value(base.config).items()}
+    component = _component(base.cls, base.name, Node({**kept, **changes}, place, place), "", mistakes)
+    return None if component is None else component.config
+
+
+def _pairs(pairs: list[str], place: Place, path: str, mistakes: Mistakes) -> dict[str, Node] | None:
+    """Read `key=value` words, or return None after noting what is wrong with them."""
+    before = len(mistakes)
+    inside: dict[str, Node] = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         try:
-            if not equals or not key or key in inside:
+            if not equals or not key or key in inside or key == "name":
                 raise PlacedError(place, f"{tell(pair)}: expected key=value, each key once")
             inside[key] = value_of(value, place)
         except PlacedError as mistake:
             mistakes.add(place, path, str(mistake))
-    if len(mistakes) > before:
-        return None
-    cls = _look_up(registry, inside.pop("name"), path, mistakes)
-    component = _component(cls, name, Node(dict(inside), place, place), path, mistakes) if cls else None
-    return None if component is None else component.config
+    return None if len(mistakes) > before else inside
 
 
 def _split(text: str) -> list[str]:

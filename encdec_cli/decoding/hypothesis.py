@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
-
-from encdec_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from encdec_cli.decoding.stepper import Stepper
 
 _FORMULA = re.compile(r"(?:(?P<factor>\d+(?:\.\d+)?)x)?(?:(?P<plus>(?:^|\+)\d+))?")
+_EXAMPLES = {"banned": "[foo, bar baz]", "boosted": "{foo: 1.5, bar baz: 2}"}
 
 
 @dataclass
@@ -47,15 +47,15 @@ class Limits:
     """[sentences], int64."""
 
 
-def length_limit(formula: int | str, source_length: int) -> int:
-    """Return the most tokens that `formula` (`2x+20`, `1.5x`, 200) allows for a source of x tokens.
+def length_of(formula: int | str, source_length: int) -> int:
+    """Return the number of tokens that `formula` (`2x+20`, `1.5x`, 200) gives for a source of x tokens.
 
-    Raises UsageError if the formula is none.
+    Raises ValueError if the formula is none.
     """
     match = _FORMULA.fullmatch(str(formula).replace(" ", ""))
     if match is None or not any(match.groupdict().values()):
-        raise UsageError(f"max_length: expected a formula such as '2x+20', '1.5x' or '200', found '{formula}'.")
-    return max(1, int(float(match["factor"] or 0) * source_length) + int((match["plus"] or "0").lstrip("+")))
+        raise ValueError(f"expected a formula such as '2x+20', '1.5x' or '200', found '{formula}'.")
+    return int(float(match["factor"] or 0) * source_length) + int((match["plus"] or "0").lstrip("+"))
 
 
 @dataclass(kw_only=True)
@@ -66,9 +66,54 @@ class Strategy:
     """Hypotheses kept for each sentence."""
     max_length: int | str = "2x+20"
     """Most tokens in an output: a number, or a function of the source's x tokens such as `2x+20` or `1.5x`."""
+    min_length: int | str = 1
+    """Fewest tokens in an output, in the same way, such as `0.5x`; 0 allows an empty output. Where it is above
+    max_length, max_length counts."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens is written twice in an output; 0 allows repetition."""
+    no_repeat_source_ngram: int = 0
+    """No sequence of this many tokens is copied from the source, for models with one vocabulary; 0 allows copies."""
+    repetition_penalty: float = 1.0
+    """Log-probabilities of tokens that have been written are multiplied by it (https://arxiv.org/abs/1909.05858);
+    above 1 they become less likely."""
+    banned: list[str] = field(default_factory=list)
+    """Words and phrases that are never written."""
+    boosted: dict[str, float] = field(default_factory=dict)
+    """Words and phrases, each with a bonus in nats that the rank of an output gains whenever it holds it."""
+    allow_unknown: bool = False
+    """Whether outputs may hold `<unk>`, the token for what is not in the vocabulary."""
+    prefix: str = ""
+    """Text that every output begins with; a record's own field `prefix` comes first."""
+    outputs: str = ""
+    """A file with one allowed output a line: nothing else is written, and its lengths are the limits."""
 
     def __post_init__(self) -> None:
-        length_limit(self.max_length, 1)
+        self._check_lengths()
+        for key in ("no_repeat_ngram", "no_repeat_source_ngram"):
+            if (n := vars(self)[key]) < 0:
+                raise ValueError(f"{key}: {n} must be 1 or more, or 0 for no such rule.")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ValueError(f"repetition_penalty: {self.repetition_penalty} must be above 0, such as 1.2.")
+        self._check_phrases()
+
+    def _check_lengths(self) -> None:
+        for key in ("max_length", "min_length"):
+            try:
+                length_of(vars(self)[key], 1)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+
+    def _check_phrases(self) -> None:
+        for key, phrases in (("banned", self.banned), ("boosted", self.boosted)):
+            if not all(phrase.strip() for phrase in phrases):
+                raise ValueError(f"{key}: an empty phrase; expected words such as {_EXAMPLES[key]}.")
+        if not all(map(math.isfinite, self.boosted.values())):
+            raise ValueError(f"boosted: a bonus is a finite number of nats, such as {_EXAMPLES['boosted']}.")
+        if self.outputs and (self.no_repeat_ngram or self.no_repeat_source_ngram or self.banned):
+            raise ValueError(
+                "outputs: the list alone says what is written; leave out no_repeat_ngram, no_repeat_source_ngram and "
+                "banned, and take out of the list what must not be written."
+            )
 
     @property
     def rows(self) -> int:

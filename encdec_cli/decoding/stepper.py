@@ -27,6 +27,7 @@ class Stepper:
         mask: likewise; True where there is a token.
         beam: rows for each sentence; the rows of a sentence stand together.
         ensemble: how several models are averaged.
+        forbidden: tokens that are never candidates.
     """
 
     @torch.inference_mode()
@@ -37,6 +38,7 @@ class Stepper:
         mask: Tensor | Sequence[Tensor],
         beam: int = 1,
         ensemble: Ensemble = MEAN,
+        forbidden: Sequence[int] = NEVER_WRITTEN,
     ) -> None:
         if not models:
             raise ValueError("a Stepper needs at least one model")
@@ -51,6 +53,7 @@ class Stepper:
         """What each model made of the tokens that were read last, one [rows, dim] a model."""
         self._source, self._mask = sources[0], masks[0]
         self._ensemble = ensemble
+        self._forbidden = forbidden
         self._members = [
             (model, model.start(model.encode(ids, real), beam))
             for model, ids, real in zip(models, sources, masks, strict=True)
@@ -71,8 +74,8 @@ class Stepper:
         self.hidden = []
         logits = [self._logits(member, tokens) for member in range(len(self._members))]
         if len(logits) == 1:
-            return Scores(logits[0], NEVER_WRITTEN)
-        return Scores(self._ensemble.log_probs(logits), NEVER_WRITTEN, normalised=True)
+            return Scores(logits[0], self._forbidden)
+        return Scores(self._ensemble.log_probs(logits), self._forbidden, normalised=True)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:

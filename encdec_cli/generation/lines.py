@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -12,8 +12,9 @@ from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.attention import Head
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.generation.alignment import word_links
+from encdec_cli.generation.rules import RuleBook
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
@@ -21,6 +22,8 @@ from encdec_cli.text.example import Example
 WINDOW_BATCHES = 64
 """Batches in a window: sorting within it by length saves most of the padding."""
 _TOKENS_PER_SENTENCE = 48
+TROUBLES = ("empty", "truncated", "max-length")
+"""Nothing to decode, source cut, best output cut: what a line's status may be beside `ok`."""
 
 
 @dataclass
@@ -54,6 +57,8 @@ class Candidate:
     """Natural log-probability of each token, that of EOS last."""
     finished: bool
     """False where the length limit cut the output."""
+    tokens: list[int]
+    """Target ids, without EOS."""
     alignment: str | None = None
     """Words of the source and of the output that belong together, `0-0 1-2 …`, where that was asked for."""
     unread: float | None = None
@@ -70,15 +75,21 @@ class Generated:
     candidates: list[Candidate]
     truncated: bool = False
     """Whether the source was longer than the model reads and was cut."""
+    source: list[int] = field(default_factory=list)
+    """The ids that the model read, without EOS."""
+
+    @property
+    def troubles(self) -> list[str]:
+        """Those of TROUBLES that hold."""
+        if not self.candidates:
+            return ["empty"]
+        cut = {"truncated": self.truncated, "max-length": not self.candidates[0].finished}
+        return [name for name, holds in cut.items() if holds]
 
     @property
     def status(self) -> str:
-        """`empty` (nothing to decode), `truncated` (source cut), `max-length` (output cut) or `ok`."""
-        if not self.candidates:
-            return "empty"
-        if self.truncated:
-            return "truncated"
-        return "ok" if self.candidates[0].finished else "max-length"
+        """The first of the troubles, or `ok`."""
+        return next(iter(self.troubles), "ok")
 
 
 @dataclass
@@ -113,13 +124,20 @@ def generate(
 
     Several bundles are an ensemble: each reads the source by its own task and tokenizer, the first writes the text.
     The text of a candidate never holds a line break.
+
+    Raises DataError, with the number of the line, for one that the task or the strategy cannot read; the results of
+    those before it are yielded first.
     """
     check_ensemble(bundles, options.ensemble)
-    with closing(
-        _Decoder(Search(bundles, options.strategy, options.ensemble, options.head, options.coverage), options)
-    ) as decoder:
+    before = 0
+    search = Search(bundles, options.strategy, options.ensemble, options.head, options.coverage)
+    with closing(_Decoder(search, options)) as decoder:
         for window in windows:
-            yield from _decode_window(bundles, window, decoder)
+            lines, unreadable = _read_window(bundles, window, search.rules, before)
+            yield from _decode_lines(bundles[0], lines, decoder)
+            if unreadable:
+                raise unreadable
+            before += len(window)
 
 
 def first_text(result: Generated) -> str:
@@ -132,20 +150,20 @@ class _Decoder:
 
     def __init__(self, search: Search, options: Options) -> None:
         self.options = options
-        self._search = search
+        self.search = search
         self._workers: Workers | None = None
 
     def map(self, groups: Sequence[Sequence[Job]]) -> Iterator[tuple[int, list[list[Hypothesis]]]]:
         """Yield the number of each group and its hypotheses, as they are done."""
         if len(groups) > 1 and self.options.workers > 1:
-            self._workers = self._workers or Workers(self._search, self.options.workers)
+            self._workers = self._workers or Workers(self.search, self.options.workers)
             yield from self._workers.map(groups)
             return
         threads = torch.get_num_threads()
         for number, group in enumerate(groups):
             torch.set_num_threads(1 if self.options.exact else threads)
             try:
-                found = self._search(group)
+                found = self.search(group)
             finally:
                 torch.set_num_threads(threads)
             yield number, found
@@ -156,28 +174,41 @@ class _Decoder:
             self._workers.close()
 
 
-def _decode_window(bundles: Sequence[Bundle], window: Sequence[Example], decoder: _Decoder) -> Iterator[Generated]:
+def _read_window(
+    bundles: Sequence[Bundle], window: Sequence[Example], rules: RuleBook, before: int
+) -> tuple[list[_Line], DataError | None]:
+    """Return the lines that can be read, up to the first that cannot, and the error that names it."""
+    lines: list[_Line] = []
+    try:
+        for place, example in enumerate(window):
+            lines.append(_read(bundles, place, example, rules))
+    except DataError as error:
+        return lines, DataError(f"line {before + len(lines) + 1}: {error}")
+    return lines, None
+
+
+def _read(bundles: Sequence[Bundle], place: int, example: Example, rules: RuleBook) -> _Line:
+    prefix = rules.prefix(example)
+    if not example.source.strip():
+        return _Line(place, Generated(example, []), Job([]))
+    ids = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
+    kept = [one[: bundle.longest_source] for one, bundle in zip(ids, bundles, strict=True)]
+    return _Line(place, Generated(example, [], truncated=kept != ids, source=kept[0]), Job(kept[0], kept[1:], prefix))
+
+
+def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder) -> Iterator[Generated]:
     options = decoder.options
-    lines = [_read(bundles, place, example) for place, example in enumerate(window)]
     ready = [not line.job.source for line in lines]
     given = 0
     groups = list(_groups([line for line in lines if line.job.source], options))
     for number, found in decoder.map([[line.job for line in group] for group in groups]):
         for line, hypotheses in zip(groups[number], found, strict=True):
-            line.result.candidates = [_candidate(bundles[0], line, h) for h in hypotheses[: options.n_best]]
+            line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses[: options.n_best]]
             ready[line.place] = True
         while given < len(lines) and ready[given]:
             yield lines[given].result
             given += 1
     yield from (line.result for line in lines[given:])
-
-
-def _read(bundles: Sequence[Bundle], place: int, example: Example) -> _Line:
-    if not example.source.strip():
-        return _Line(place, Generated(example, []), Job([]))
-    ids = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
-    kept = [one[: bundle.longest_source] for one, bundle in zip(ids, bundles, strict=True)]
-    return _Line(place, Generated(example, [], truncated=kept != ids), Job(kept[0], kept[1:]))
 
 
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
@@ -199,4 +230,5 @@ def _candidate(bundle: Bundle, line: _Line, hypothesis: Hypothesis) -> Candidate
     links = None
     if hypothesis.alignment is not None:
         links = word_links(bundle, line.job.source, hypothesis.tokens, hypothesis.alignment)
-    return Candidate(text, hypothesis.score, hypothesis.token_scores, hypothesis.finished, links, hypothesis.unread)
+    written = (hypothesis.score, hypothesis.token_scores, hypothesis.finished, hypothesis.tokens)
+    return Candidate(text, *written, links, hypothesis.unread)

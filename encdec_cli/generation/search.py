@@ -13,8 +13,9 @@ from encdec_cli.decoding import coverage
 from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.force import as_targets
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_limit
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_of
 from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.generation.rules import RuleBook
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Job:
     """Ids without EOS, as the first model reads them."""
     other_sources: list[list[int]] = field(default_factory=list)
     """The same sentence as each further model of an ensemble reads it."""
+    prefix: list[int] = field(default_factory=list)
+    """Ids that the output begins with."""
 
 
 class Search:
@@ -52,6 +55,7 @@ class Search:
         self.ensemble = ensemble
         self.head = head
         self.coverage = coverage
+        self.rules = RuleBook(strategy, bundles[0])
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
@@ -59,8 +63,10 @@ class Search:
         read = zip(*([job.source, *job.other_sources] for job in jobs), strict=True)
         batches = [collate(ids, None, range(len(jobs))).to(self.device) for ids in read]
         sources, masks = [batch.source for batch in batches], [batch.source_mask for batch in batches]
-        stepper = Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble)
-        found = self.strategy(stepper, self._limits(jobs), rules=[])
+        prefixes = [job.prefix for job in jobs]
+        forbidden = self.rules.forbidden(prefixes)
+        stepper = Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble, forbidden)
+        found = self.strategy(stepper, self._limits(jobs), self.rules.rules(prefixes, sources[0]))
         if self.head is not None or self.coverage:
             self._look_back(batches[0], found)
         return found
@@ -81,8 +87,14 @@ class Search:
                 hypothesis.unread = shares[row]
 
     def _limits(self, jobs: Sequence[Job]) -> Limits:
-        maximum = torch.tensor([length_limit(self.strategy.max_length, len(job.source)) for job in jobs])
+        minimum, maximum = (
+            torch.tensor([length_of(formula, len(job.source)) for job in jobs])
+            for formula in (self.strategy.min_length, self.strategy.max_length)
+        )
+        if self.rules.outputs:
+            minimum, maximum = torch.ones_like(minimum), torch.full_like(maximum, self.rules.outputs.longest)
+        maximum = maximum.maximum(torch.tensor([max(1, len(job.prefix)) for job in jobs]))
         for model in self.models:
             if model.max_positions is not None:
                 maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
-        return Limits(minimum=torch.ones_like(maximum), maximum=maximum)
+        return Limits(minimum.minimum(maximum), maximum)

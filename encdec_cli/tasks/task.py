@@ -42,6 +42,10 @@ class Task:
         """Turn the model's text into the line for stdout; line breaks in it become spaces afterwards."""
         return text
 
+    def may_copy(self) -> bool:
+        """Tell whether an output may well repeat its source; if not, a line that does so is flagged."""
+        return True
+
     def symbols(self) -> tuple[str, ...]:
         """Return the strings, such as language tags, for which tokenizers keep one token each."""
         return ()

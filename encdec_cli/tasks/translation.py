@@ -53,6 +53,10 @@ class Translation(Task):
             raise DataError(f"target_language '{code}': not among {', '.join(known)}{nearest(str(code), known)}.")
         return f"<2{code}> {example.source}"
 
+    def may_copy(self) -> bool:
+        """Tell whether both languages are known to be the same."""
+        return bool(self.source_language) and self.source_language == self.target_language
+
     def symbols(self) -> tuple[str, ...]:
         """Return the tags."""
         return tuple(f"<2{code}>" for code in self._codes()) if self.tag else ()

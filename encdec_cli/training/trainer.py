@@ -23,6 +23,7 @@ from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
 from encdec_cli.errors import BundleError, NonFiniteError, UsageError
+from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
@@ -240,8 +241,12 @@ class Trainer:
         return score > best if self.validation.higher_is_better else score < best
 
     def _keep_bundle(self, scores: dict[str, float]) -> None:
-        self.bundle.facts = {"step": self.progress.step, "scores": finite(scores), "averaged": []}
+        self.bundle.facts = self._model_facts(scores, [])
         self.bundle.save_weights(self.bundles / step_name(self.progress.step), self._weights())
+
+    def _model_facts(self, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
+        facts = {"step": self.progress.step, "scores": finite(scores), "averaged": averaged}
+        return facts | {"length_ratios": usual_ratios(self.store.source_lengths, self.store.target_lengths)}
 
     def _publish(self) -> None:
         """Let `bundle` name the best model; then delete old checkpoints, and models that no checkpoint refers to.
@@ -294,7 +299,7 @@ class Trainer:
         verdict = "best" if better else "not better, left out"
         self.setting.say(f"average of {len(progress.kept)} checkpoints: {listed} ({verdict})")
         if better:
-            candidate.facts = {"step": progress.step, "scores": finite(scores), "averaged": progress.kept}
+            candidate.facts = self._model_facts(scores, progress.kept)
             progress.best, progress.model = score, f"average_{progress.step:08d}"
             candidate.save_weights(self.bundles / progress.model, weights)
 

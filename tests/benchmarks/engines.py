@@ -18,7 +18,7 @@ import torch
 
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.beam import Beam
-from encdec_cli.decoding.hypothesis import length_limit
+from encdec_cli.decoding.hypothesis import length_of
 from encdec_cli.generation.lines import Options, generate
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
@@ -137,7 +137,7 @@ def plain_engine(options: argparse.Namespace) -> Run:
         for numbers in sorted_batches(sources, options.batch):
             width = max(len(sources[number]) for number in numbers) + 1
             ids = torch.tensor([[*sources[n], EOS] + [PAD] * (width - 1 - len(sources[n])) for n in numbers])
-            maximum = [length_limit("2x+20", len(sources[number])) for number in numbers]
+            maximum = [length_of("2x+20", len(sources[number])) for number in numbers]
             found = beam_search(Cached(model, ids, options.beam), len(numbers), options.beam, maximum)
             for number, written in zip(numbers, found, strict=True):
                 outputs[number], tokens = bundle.target.decode(written), tokens + len(written)
