@@ -162,7 +162,12 @@ tasks: Registry[type[Any]] = Registry(
 strategies: Registry[type[Any]] = Registry(
     "encdec.strategies",
     "strategy",
-    {"beam": "encdec_cli.decoding.beam:Beam", "sampling": "encdec_cli.decoding.sampling:Sampling"},
+    {
+        "beam": "encdec_cli.decoding.beam:Beam",
+        "sampling": "encdec_cli.decoding.sampling:Sampling",
+        "constrained": "encdec_cli.decoding.constrained:Constrained",
+        "speculative": "encdec_cli.decoding.speculative:Speculative",
+    },
 )
 corpora: Registry[type[Any]] = Registry(
     "encdec.corpora",

@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from enum import Enum
 from pathlib import Path
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.hypothesis import Strategy
     from encdec_cli.generation.lines import Generated, Options
+    from encdec_cli.tasks.task import Task
     from encdec_cli.text.example import Example
     from encdec_cli.text.lines import LineReport
 
@@ -86,6 +87,7 @@ def generate(
 
     An empty line gives an empty line. Works in a pipeline, on an endless pipe and as a co-process.
     """
+    from encdec_cli.cli import console
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.errors import UsageError
     from encdec_cli.generation.lines import WINDOW_BATCHES, Options
@@ -101,17 +103,20 @@ def generate(
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
     options = Options(chosen, n_best, batch, workers or decoding_workers(device), exact)
     report = LineReport()
-    examples = _examples(bundles[0], file, as_json, report)
+    examples = _examples(_reader(bundles[0].task, chosen, as_json), file, report)
     size = batch * WINDOW_BATCHES
     windows = full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
     line = _json_line if as_json else _text_line
-    cut = 0
+    cut = ignored = 0
     with closing(decode(bundles, windows, options)) as results:
         for number, result in enumerate(results, start=1):
             cut += result.truncated
+            ignored += not chosen.reads_constraints and "constraints" in result.example.record
             sys.stdout.buffer.write(without_surrogates(line(number, result, options, scores)).encode() + b"\n")
             sys.stdout.buffer.flush()
     _tell(report, cut, bundles[0].longest_source)
+    if ignored:
+        console.warn(f"the constraints of {ignored:,} records were not read; --strategy constrained reads them")
 
 
 def _tell(report: LineReport, cut: int, most: int) -> None:
@@ -126,20 +131,29 @@ def _tell(report: LineReport, cut: int, most: int) -> None:
 
 def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:
     """Return the strategy of --strategy, else the recipe's, with the beam of --beam."""
-    from dataclasses import replace
-
     from encdec_cli.config import parse_component
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import strategies
 
     chosen: Strategy = parse_component(named, strategies, "--strategy") if named else bundle.recipe.decoding.config
     if beam is not None:
-        chosen = replace(chosen, beam=beam)
+        chosen = _with_beam(chosen, beam)
     elif named and "beam=" not in named and n_best > chosen.beam:
-        chosen = replace(chosen, beam=n_best)
+        chosen = _with_beam(chosen, n_best)
     if n_best > chosen.beam:
         raise UsageError(f"--n-best {n_best}: the search keeps {chosen.beam} hypotheses a line; give --beam {n_best}.")
     return chosen
+
+
+def _with_beam(strategy: Strategy, beam: int) -> Strategy:
+    from dataclasses import replace
+
+    from encdec_cli.errors import UsageError
+
+    try:
+        return replace(strategy, beam=beam)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _is_complete(file: Path | None) -> bool:
@@ -149,22 +163,40 @@ def _is_complete(file: Path | None) -> bool:
     return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
 
-def _examples(bundle: Bundle, file: Path | None, as_json: bool, report: LineReport) -> Iterator[Example]:
+def _examples(reader: Callable[[str], Example], file: Path | None, report: LineReport) -> Iterator[Example]:
     from encdec_cli.errors import DataError
     from encdec_cli.text.lines import read_lines
 
     for number, line in enumerate(read_lines(file, report), start=1):
-        if not (as_json and line.lstrip().startswith("{")):
-            yield bundle.task.read(line)
-            continue
         try:
-            yield bundle.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
+            yield reader(line)
         except (ValueError, DataError, RecursionError) as error:
             reason = str(error).rstrip(".")
+            if line.lstrip().startswith("{"):
+                reason = f"not a record this task can read ({reason}); a line that begins with {{ must be a JSON object"
             raise DataError(
-                f"{file or 'stdin'}:{number}: not a record this task can read ({reason}); a line that begins with {{ "
-                "must be a JSON object, and the lines before this one have been written."
+                f"{file or 'stdin'}:{number}: {reason}, and the lines before this one have been written."
             ) from error
+
+
+def _reader(task: Task, strategy: Strategy, as_json: bool) -> Callable[[str], Example]:
+    """Return what makes an example of a line; with its constraints, if the strategy reads them."""
+    from encdec_cli.generation.phrases import constraints_of_columns, constraints_of_record
+
+    def read(line: str) -> Example:
+        if as_json and line.lstrip().startswith("{"):
+            example = task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
+            if strategy.reads_constraints:
+                example.constraints = constraints_of_record(example.record)
+        elif strategy.reads_constraints and not task.uses_tabs:
+            source, *columns = line.split("\t")
+            example = task.read(source)
+            example.constraints = constraints_of_columns(columns)
+        else:
+            example = task.read(line)
+        return example
+
+    return read
 
 
 def _number(text: str) -> float:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from encdec_cli.decoding.scorer import Scores, normalise
-from encdec_cli.models.model import Model
+from encdec_cli.errors import UsageError
+from encdec_cli.models.model import Croppable, Model
 from encdec_cli.text.vocabulary import BOS, PAD, UNK
 
 NEVER_WRITTEN = (PAD, BOS, UNK)
@@ -41,6 +42,8 @@ class Stepper:
         """Sentences at the start; `keys` has one entry for each of them."""
         self.rows = self.sentences * beam
         """Rows that `step` expects now."""
+        self.length = 0
+        """Tokens of every row that have been read, BOS included."""
         self.beam = beam
         self.device = source.device
         self._source, self._mask = source, mask
@@ -58,9 +61,32 @@ class Stepper:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
-        if len(self._members) == 1:
-            return Scores(self._logits(0, tokens), NEVER_WRITTEN)
-        return Scores(self._mean(tokens), NEVER_WRITTEN, normalised=True)
+        return self.scores(self.read(tokens[:, None])[:, 0])
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read some tokens of every row; return what `scores` takes, after each of them.
+
+        tokens: [rows, new] int64; returns [rows, new, vocab].
+        """
+        flat = self._logits(0, tokens) if len(self._members) == 1 else self._mean(tokens)
+        self.length += tokens.shape[1]
+        return flat.view(*tokens.shape, -1)
+
+    def scores(self, logits: Tensor) -> Scores:
+        """Return the scores of the next token after one of the tokens that were read. logits: [rows, vocab]."""
+        return Scores(logits.contiguous(), NEVER_WRITTEN, normalised=len(self._members) > 1)
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length` of every row. Raises UsageError if a model's state cannot."""
+        for model, state in self._members:
+            if not isinstance(state, Croppable):
+                raise UsageError(
+                    f"the state of a {type(model).__name__} cannot forget tokens, which this strategy asks of it; give "
+                    f"{type(state).__name__} a method `crop(length)`, or choose another strategy."
+                )
+            state.crop(length)
+        self.length = min(self.length, length)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
@@ -70,14 +96,15 @@ class Stepper:
         self.rows = rows.shape[0]
 
     def _logits(self, member: int, tokens: Tensor) -> Tensor:
+        """Return the logits [rows x new, vocab] after each of tokens [rows, new]."""
         model, state = self._members[member]
-        hidden = model.decode(tokens[:, None], state)[:, -1]
+        hidden = model.decode(tokens, state).flatten(0, 1)
         logits = model.project(hidden)
         # Scores writes into the logits; a model whose hidden states are its logits must not lose them.
         return logits.clone() if logits.data_ptr() == hidden.data_ptr() else logits.contiguous()
 
     def _mean(self, tokens: Tensor) -> Tensor:
-        """Return log-probabilities [rows, vocab] of the mean of all models' probabilities."""
+        """Return log-probabilities [rows x new, vocab] of the mean of all models' probabilities."""
         mean = self._log_probs(0, tokens)
         for member in range(1, len(self._members)):
             log_probs = self._log_probs(member, tokens)

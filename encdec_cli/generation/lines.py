@@ -11,6 +11,7 @@ import torch
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
 from encdec_cli.errors import BundleError
+from encdec_cli.generation.phrases import constraint_ids
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
@@ -156,7 +157,8 @@ def _decode_window(bundle: Bundle, window: Sequence[Example], decoder: _Decoder)
 def _read(bundle: Bundle, place: int, example: Example) -> _Line:
     ids = bundle.source.encode(bundle.task.source(example)) if example.source.strip() else []
     most = bundle.longest_source
-    return _Line(place, Generated(example, [], truncated=len(ids) > most), Job(ids[:most]))
+    constraints = [constraint_ids(bundle.target, one) for one in example.constraints]
+    return _Line(place, Generated(example, [], truncated=len(ids) > most), Job(ids[:most], constraints))
 
 
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:

@@ -132,6 +132,12 @@ class KeysValues:
         # The two sets take turns, which spares an allocation in every step.
         self._stores, self._spares = targets, tuple(store[: len(rows)] for store in self._stores)
 
+    def crop(self, length: int) -> None:
+        """Forget all positions but the first `length`."""
+        self.length = min(self.length, length)
+        if self.length == 0:  # the next keys are kept as they are, whatever their number
+            self._stores, self._spares = (), ()
+
     def _make_room(self, used: int) -> None:
         rows, heads, _, width = self._stores[0].shape
         shape = (rows, heads, max(16, 2 * self.length), width)

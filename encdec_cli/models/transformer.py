@@ -99,6 +99,12 @@ class TransformerState:
         for cache in self.caches:
             cache.reorder(rows)
 
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length` of every row."""
+        self.length = min(self.length, length)
+        for cache in self.caches:
+            cache.crop(length)
+
 
 class Transformer(Model):
     """Encoder and decoder of attention layers; `Config` says which of the field's variants.
