@@ -34,7 +34,8 @@ class Automata:
 
     A node stands for the longest end of an output that begins some phrase, so a phrase that breaks off falls back to
     whatever has begun within it: after "a a a", two tokens of "a a b" are written, not none.
-    See https://doi.org/10.1145/360825.360855; all tables are tensors, so that a step asks no question in Python.
+    See https://doi.org/10.1145/360825.360855. The tables of all sentences are joined, so that a step reads the tokens
+    of a whole batch at once.
 
     Args:
         constraints: those of each sentence; at least one sentence has some, and no phrase is empty.

@@ -116,8 +116,7 @@ class DraftedStepper(Stepper):
         proposals: list[Tensor] = []
         unread = self._written[:, self._draft.length :]
         while len(proposals) < count:
-            logits = self._draft.read(unread)[:, -1]
-            unread = self._draft.scores(logits).top(1)[1]
+            unread = self._draft.read(unread)[:, -1].argmax(-1, keepdim=True)
             proposals.append(unread)
             if bool((unread == EOS).all()):
                 break
