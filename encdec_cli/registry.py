@@ -166,7 +166,9 @@ strategies: Registry[type[Any]] = Registry(
         "beam": "encdec_cli.decoding.beam:Beam",
         "diverse": "encdec_cli.decoding.diverse:Diverse",
         "siblings": "encdec_cli.decoding.siblings:Siblings",
+        "constrained": "encdec_cli.decoding.constrained:Constrained",
         "contrastive": "encdec_cli.decoding.contrastive:Contrastive",
+        "speculative": "encdec_cli.decoding.speculative:Speculative",
         "sampling": "encdec_cli.decoding.sampling:Sampling",
     },
 )

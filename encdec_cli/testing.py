@@ -20,7 +20,7 @@ from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
 from encdec_cli.decoding.rules import NoRepeatNgram, Rule
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.errors import UsageError
-from encdec_cli.models.model import Memory, Model
+from encdec_cli.models.model import Croppable, Memory, Model
 
 BOS, EOS = 2, 3
 SPECIAL = 3
@@ -195,6 +195,30 @@ def _reorder_once(case: Case, beam: int, keep: list[int]) -> None:
 
 
 @torch.no_grad()
+def cropping(case: Case) -> None:
+    """A state that can be cropped goes on as if it had never read what it forgot; others need not."""
+    for beam in (1, 3):
+        random = case.generator()
+        sentences = [row // beam for row in range(4 * beam)]
+        state = case.model.start(case.model.encode(case.source, case.mask), beam)
+        if not isinstance(state, Croppable):
+            return
+        prefix = torch.empty(4 * beam, 0, dtype=torch.int64)
+        for new, kept in ((3, 1), (1, 4), (2, 0), (4, 3), (1, 2)):
+            for count, length in ((new, kept), (1, kept + 1)):
+                tokens = torch.randint(1, case.vocab[1], (len(prefix), count), generator=random)
+                prefix = torch.cat((prefix, tokens), dim=1)
+                found = case.model.decode(tokens, state)
+                expected = case.hidden(sentences, prefix)[:, -count:]
+                case.expect(found, expected, f"State.crop with beam {beam} must equal reading what is left afresh")
+                state.crop(length)
+                prefix = prefix[:, :length]
+            rows = torch.arange(4 * beam) // beam * beam + torch.randint(0, beam, (4 * beam,), generator=random)
+            state.reorder(rows)
+            prefix = prefix[rows]
+
+
+@torch.no_grad()
 def projecting(case: Case) -> None:
     """The output layer gives one number for each target token, and each row by itself."""
     hidden = case.model(case.source, case.mask, case.target).flatten(0, 1)
@@ -242,6 +266,7 @@ LAWS: tuple[Callable[[Case], None], ...] = (
     padding,
     no_future,
     reordering,
+    cropping,
     projecting,
     attention,
     gradients,

@@ -40,6 +40,9 @@ class ScriptedState:
         self.prefixes = [self.prefixes[row] for row in chosen]
         self.sizes.append(len(chosen))
 
+    def crop(self, length: int) -> None:
+        self.prefixes = [prefix[:length] for prefix in self.prefixes]
+
 
 class Scripted(Model):
     """A model that looks probabilities up; the first source token, less 4, says in which table."""
@@ -80,13 +83,16 @@ class Scripted(Model):
 
 
 class RecurrentState:
-    """Hidden states of the rows."""
+    """Hidden states of the rows after every token, so that they can go back."""
 
     def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+        self.past = [hidden]
 
     def reorder(self, rows: Tensor) -> None:
-        self.hidden = self.hidden[rows]
+        self.past = [hidden[rows] for hidden in self.past]
+
+    def crop(self, length: int) -> None:
+        del self.past[length + 1 :]
 
 
 class TinyGru(Model):
@@ -110,11 +116,9 @@ class TinyGru(Model):
         return RecurrentState(mean.repeat_interleave(beam, 0).tanh())
 
     def decode(self, tokens: Tensor, state: RecurrentState) -> Tensor:
-        outputs = []
         for column in tokens.unbind(1):
-            state.hidden = self.cell(self.embedding(column), state.hidden)
-            outputs.append(state.hidden)
-        return torch.stack(outputs, 1)
+            state.past.append(self.cell(self.embedding(column), state.past[-1]))
+        return torch.stack(state.past[-tokens.shape[1] :], 1)
 
     def project(self, hidden: Tensor) -> Tensor:
         return self.output(hidden)

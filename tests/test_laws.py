@@ -204,6 +204,15 @@ class ForgetsSentences(Transformer):
         return state
 
 
+class ForgetsToForget(Transformer):
+    """Its state goes back, but not its position."""
+
+    def start(self, memory, beam=1):
+        state = super().start(memory, beam)
+        state.crop = lambda length: [cache.crop(length) for cache in state.caches]
+        return state
+
+
 class UnusedWeight(Transformer):
     """Has a parameter that nothing reads."""
 
@@ -249,6 +258,7 @@ class ShowsTheLast(Transformer):
         (ReadsBackwards, "must equal decoding at once"),
         (ForgetsOrder, "reorder"),
         (ForgetsSentences, "reorder"),
+        (ForgetsToForget, "crop"),
         (UnusedWeight, "unused gets no gradient"),
         (MixesRows, "project in chunks"),
         (ShowsPadding, "attention must be 0 where the mask is False"),

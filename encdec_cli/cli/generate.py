@@ -131,7 +131,7 @@ def generate(
         return
     from encdec_cli.cli import scoring
     from encdec_cli.cli.fail_on import FailOn
-    from encdec_cli.cli.input import windows_of
+    from encdec_cli.cli.input import Reader, windows_of
     from encdec_cli.cli.models import choose_ensemble, decode, load_bundles
     from encdec_cli.cli.output import Writer, write_all
     from encdec_cli.generation.lines import Options
@@ -146,16 +146,17 @@ def generate(
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     head = scoring.choose_head(bundles[0], alignments) if alignments else None
     report, cut = LineReport(), 0
-    windows = windows_of(bundles[0], file, as_json, score, batch, report)
+    chosen = choose_strategy(bundles[0], strategy, beam, n_best)
+    reader = Reader(bundles[0].task, as_json, pairs=score, constraints=chosen.reads_constraints)
+    windows = windows_of(reader, file, batch, report)
     if score:
         cut = scoring.write_scores(bundles, windows, as_json, batch, exact, average, head)
     else:
-        chosen = choose_strategy(bundles[0], strategy, beam, n_best)
         processes = workers or decoding_workers(device)
         options = Options(chosen, n_best, batch, processes, exact, average, head, watch.asks_for("coverage"))
         with closing(decode(bundles, windows, options, rerank)) as results:
             cut = write_all(results, Writer(bundles[0], options, scores, as_json, watch))
-    _tell(report, cut, min(bundle.longest_source for bundle in bundles))
+    _tell(report, cut, min(bundle.longest_source for bundle in bundles), reader.ignored)
     watch.check()
 
 
@@ -172,7 +173,7 @@ def _check_workers(workers: int | None, device: str) -> None:
         raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
 
 
-def _tell(report: LineReport, cut: int, most: int) -> None:
+def _tell(report: LineReport, cut: int, most: int, ignored: int) -> None:
     from encdec_cli.cli import console
 
     for sentence in report.sentences():
@@ -180,6 +181,8 @@ def _tell(report: LineReport, cut: int, most: int) -> None:
     if cut:
         lines = "1 line was" if cut == 1 else f"{cut:,} lines were"
         console.warn(f"{lines} longer than the {most:,} tokens that the model reads, and cut")
+    if ignored:
+        console.warn(f"the constraints of {ignored:,} records were not read; --strategy constrained reads them")
 
 
 def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:

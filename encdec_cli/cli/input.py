@@ -7,15 +7,68 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from encdec_cli.bundle.bundle import Bundle
+    from encdec_cli.tasks.task import Task
     from encdec_cli.text.example import Example
     from encdec_cli.text.lines import LineReport
+
+
+@dataclass
+class Reader:
+    """Makes an example of a line."""
+
+    task: Task
+    as_json: bool
+    """Whether lines that begin with { are records."""
+    pairs: bool
+    """Whether a line holds a target too, after its last TAB."""
+    constraints: bool
+    """Whether lines and records may say what outputs must hold."""
+    ignored: int = 0
+    """Records so far whose constraints nobody reads."""
+
+    def __call__(self, line: str) -> Example:
+        """Return the example. Raises ValueError or DataError for what is no record that the task can read."""
+        from encdec_cli.cli.scoring import read_pair
+        from encdec_cli.generation.phrases import constraints_of_columns, constraints_of_record
+
+        if self.is_record(line):
+            example = self.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
+            if self.constraints:
+                example.constraints = constraints_of_record(example.record)
+            else:
+                self.ignored += "constraints" in example.record
+            return example
+        if self.pairs:
+            return read_pair(self.task, line)
+        if not self.constraints or self.task.uses_tabs:
+            return self.task.read(line)
+        source, *columns = line.split("\t")
+        example = self.task.read(source)
+        example.constraints = constraints_of_columns(columns)
+        return example
+
+    def is_record(self, line: str) -> bool:
+        """Whether a line is meant to be a JSON object."""
+        return self.as_json and line.lstrip().startswith("{")
+
+
+def windows_of(reader: Reader, file: Path | None, batch: int, report: LineReport) -> Iterator[list[Example]]:
+    """Yield the input as it is to be sorted and decoded, or scored, together."""
+    from encdec_cli.cli.scoring import with_targets
+    from encdec_cli.generation.lines import WINDOW_BATCHES
+    from encdec_cli.text.windows import arriving_windows, full_windows
+
+    examples = _examples(reader, file, report)
+    if reader.pairs:
+        examples = with_targets(examples, file)
+    size = batch * WINDOW_BATCHES
+    return full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
 
 
 def _is_complete(file: Path | None) -> bool:
@@ -25,39 +78,19 @@ def _is_complete(file: Path | None) -> bool:
     return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
 
-def windows_of(
-    bundle: Bundle, file: Path | None, as_json: bool, score: bool, batch: int, report: LineReport
-) -> Iterator[list[Example]]:
-    """Yield the input as it is to be sorted and decoded, or scored, together."""
-    from encdec_cli.cli import scoring
-    from encdec_cli.generation.lines import WINDOW_BATCHES
-    from encdec_cli.text.windows import arriving_windows, full_windows
-
-    read = partial(scoring.read_pair, bundle.task) if score else bundle.task.read
-    examples = _examples(bundle, file, as_json, report, read)
-    if score:
-        examples = scoring.with_targets(examples, file)
-    size = batch * WINDOW_BATCHES
-    return full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
-
-
-def _examples(
-    bundle: Bundle, file: Path | None, as_json: bool, report: LineReport, read: Callable[[str], Example]
-) -> Iterator[Example]:
+def _examples(reader: Reader, file: Path | None, report: LineReport) -> Iterator[Example]:
     from encdec_cli.errors import DataError
     from encdec_cli.text.lines import read_lines
 
     for number, line in enumerate(read_lines(file, report), start=1):
-        if not (as_json and line.lstrip().startswith("{")):
-            yield read(line)
-            continue
         try:
-            yield bundle.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
+            yield reader(line)
         except (ValueError, DataError, RecursionError) as error:
             reason = str(error).rstrip(".")
+            if reader.is_record(line):
+                reason = f"not a record this task can read ({reason}); a line that begins with {{ must be a JSON object"
             raise DataError(
-                f"{file or 'stdin'}:{number}: not a record this task can read ({reason}); a line that begins with {{ "
-                "must be a JSON object, and the lines before this one have been written."
+                f"{file or 'stdin'}:{number}: {reason}, and the lines before this one have been written."
             ) from error
 
 

@@ -67,12 +67,12 @@ class Beam(Strategy):
         """Return the hypotheses of each sentence, best first. `stepper` must have `beam` rows a sentence."""
         if stepper.beam != self.beam:
             raise ValueError(f"the stepper has {stepper.beam} rows a sentence, the search needs {self.beam}")
-        frontier = Frontier(stepper, limits, rules, self._groups)
+        frontier = self._frontier(stepper, limits, rules)
         # At first the rows of a slot are alike, so only one of them counts.
         totals = torch.full((stepper.rows // frontier.width, frontier.width), -torch.inf, device=stepper.device)
         totals[:, 0] = 0
         while not frontier.done:
-            totals = self._advance(frontier, totals, self._propose(frontier.step(), totals))
+            totals = self._advance(frontier, totals, self._propose(frontier, frontier.step(), totals))
         found = frontier.best()
         return self._by_coverage(stepper, found) if self.coverage_penalty else found
 
@@ -91,7 +91,10 @@ class Beam(Strategy):
         """Searches of a sentence that run side by side; a slot of the frontier is one of them."""
         return 1
 
-    def _propose(self, scores: Scores, totals: Tensor) -> Candidates:
+    def _frontier(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> Frontier:
+        return Frontier(stepper, limits, rules, self._groups)
+
+    def _propose(self, frontier: Frontier, scores: Scores, totals: Tensor) -> Candidates:
         """Return the best ways to go on of each slot, in the order of the search. totals: [slots, width]."""
         return scores.best(2 * totals.shape[1], totals)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from encdec_cli.decoding.beam import Beam, unfinished
+from encdec_cli.decoding.frontier import Frontier
 from encdec_cli.decoding.scorer import Candidates, Scores, rank
 from encdec_cli.text.vocabulary import EOS
 
@@ -45,7 +46,7 @@ class Diverse(Beam):
     def _groups(self) -> int:
         return self.groups or self.beam
 
-    def _propose(self, scores: Scores, totals: Tensor) -> Candidates:
+    def _propose(self, frontier: Frontier, scores: Scores, totals: Tensor) -> Candidates:
         """Return the best ways to go on of each slot, one group after the other, all sentences at once.
 
         At most `beam - width` tokens cost something, so the 2 x width best of a row, whatever is paid, are among its

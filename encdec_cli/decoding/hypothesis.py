@@ -7,11 +7,12 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from encdec_cli.decoding.constraints import Constraint
     from encdec_cli.decoding.rules import Rule
     from encdec_cli.decoding.stepper import Stepper
 
@@ -39,12 +40,14 @@ class Hypothesis:
 
 @dataclass
 class Limits:
-    """Bounds on the number of tokens before EOS, one for each sentence."""
+    """What bounds the outputs of each sentence: the number of tokens before EOS, and what must be among them."""
 
     minimum: Tensor
     """[sentences], int64; 1 forbids an empty output."""
     maximum: Tensor
     """[sentences], int64."""
+    constraints: Sequence[Sequence[Constraint]] = ()
+    """For each sentence what must appear, if the strategy reads constraints; empty where no sentence has any."""
 
 
 def length_of(formula: int | str, source_length: int) -> int:
@@ -61,6 +64,9 @@ def length_of(formula: int | str, source_length: int) -> int:
 @dataclass(kw_only=True)
 class Strategy:
     """A way to search: a dataclass that is called. Its fields are keys of the recipe's `decoding` section."""
+
+    reads_constraints: ClassVar[bool] = False
+    """Whether outputs hold `Limits.constraints`; only then are constraints read from the input."""
 
     beam: int = 1
     """Hypotheses kept for each sentence."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from encdec_cli.decoding.beam import Beam
+from encdec_cli.decoding.frontier import Frontier
 from encdec_cli.decoding.scorer import Candidates, Scores, rank
 
 
@@ -30,7 +31,7 @@ class Siblings(Beam):
         if not (math.isfinite(self.diversity_rate) and self.diversity_rate >= 0):
             raise ValueError(f"diversity_rate is {self.diversity_rate}; it must be 0 or more.")
 
-    def _propose(self, scores: Scores, totals: Tensor) -> Candidates:
+    def _propose(self, frontier: Frontier, scores: Scores, totals: Tensor) -> Candidates:
         """Return the best ways to go on. Behind 2 x beam better siblings, none is among the 2 x beam best of all."""
         log_probs, tokens = scores.top(2 * self.beam)
         shape = (*totals.shape, log_probs.shape[1])

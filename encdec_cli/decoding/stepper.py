@@ -12,7 +12,8 @@ from torch import Tensor
 from encdec_cli.decoding import coverage
 from encdec_cli.decoding.ensemble import MEAN, Ensemble, for_each
 from encdec_cli.decoding.scorer import Scores
-from encdec_cli.models.model import Model
+from encdec_cli.errors import UsageError
+from encdec_cli.models.model import Croppable, Model
 from encdec_cli.text.vocabulary import BOS, PAD, UNK
 
 NEVER_WRITTEN = (PAD, BOS, UNK)
@@ -47,6 +48,8 @@ class Stepper:
         """Sentences at the start; `keys` has one entry for each of them."""
         self.rows = self.sentences * beam
         """Rows that `step` expects now."""
+        self.length = 0
+        """Tokens of every row that have been read, BOS included."""
         self.beam = beam
         self.device = sources[0].device
         self.hidden: list[Tensor] = []
@@ -71,11 +74,34 @@ class Stepper:
     @torch.inference_mode()
     def step(self, tokens: Tensor) -> Scores:
         """Read one token of every row and return the scores of the next. tokens: [rows] int64."""
+        return self.scores(self.read(tokens[:, None])[:, 0])
+
+    @torch.inference_mode()
+    def read(self, tokens: Tensor) -> Tensor:
+        """Read some tokens of every row; return what `scores` takes, after each of them.
+
+        tokens: [rows, new] int64; returns [rows, new, vocab].
+        """
         self.hidden = []
         logits = [self._logits(member, tokens) for member in range(len(self._members))]
-        if len(logits) == 1:
-            return Scores(logits[0], self._forbidden)
-        return Scores(self._ensemble.log_probs(logits), self._forbidden, normalised=True)
+        flat = logits[0] if len(logits) == 1 else self._ensemble.log_probs(logits)
+        self.length += tokens.shape[1]
+        return flat.view(*tokens.shape, -1)
+
+    def scores(self, logits: Tensor) -> Scores:
+        """Return the scores of the next token after one of the tokens that were read. logits: [rows, vocab]."""
+        return Scores(logits.contiguous(), self._forbidden, normalised=len(self._members) > 1)
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length` of every row. Raises UsageError if a model's state cannot."""
+        for model, state in self._members:
+            if not isinstance(state, Croppable):
+                raise UsageError(
+                    f"the state of a {type(model).__name__} cannot forget tokens, which this strategy asks of it; give "
+                    f"{type(state).__name__} a method `crop(length)`, or choose another strategy."
+                )
+            state.crop(length)
+        self.length = min(self.length, length)
 
     @torch.inference_mode()
     def reorder(self, rows: Tensor) -> None:
@@ -94,9 +120,11 @@ class Stepper:
         return coverage.penalty(coverage.received(model, self._source, self._mask, target, self.beam))
 
     def _logits(self, member: int, tokens: Tensor) -> Tensor:
+        """Return the logits [rows x new, vocab] after each of tokens [rows, new]."""
         model, state = self._members[member]
-        hidden = model.decode(tokens[:, None], state)[:, -1]
-        self.hidden.append(hidden)
+        states = model.decode(tokens, state)
+        self.hidden.append(states[:, -1])
+        hidden = states.flatten(0, 1)
         logits = model.project(hidden)
         # Scores writes into the logits; a model whose hidden states are its logits must not lose them.
         return logits.clone() if logits.data_ptr() == hidden.data_ptr() else logits.contiguous()

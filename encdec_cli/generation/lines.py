@@ -14,6 +14,7 @@ from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
 from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.generation.alignment import word_links
+from encdec_cli.generation.phrases import constraint_ids
 from encdec_cli.generation.rules import RuleBook
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
@@ -193,7 +194,9 @@ def _read(bundles: Sequence[Bundle], place: int, example: Example, rules: RuleBo
         return _Line(place, Generated(example, []), Job([]))
     ids = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
     kept = [one[: bundle.longest_source] for one, bundle in zip(ids, bundles, strict=True)]
-    return _Line(place, Generated(example, [], truncated=kept != ids, source=kept[0]), Job(kept[0], kept[1:], prefix))
+    constraints = [constraint_ids(bundles[0].target, one) for one in example.constraints]
+    result = Generated(example, [], truncated=kept != ids, source=kept[0])
+    return _Line(place, result, Job(kept[0], kept[1:], prefix, constraints))
 
 
 def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder) -> Iterator[Generated]:

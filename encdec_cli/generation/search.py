@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -14,7 +15,9 @@ from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_of
-from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.decoding.speculative import Draft, DraftedStepper, Speculative
+from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
+from encdec_cli.errors import BundleError
 from encdec_cli.generation.rules import RuleBook
 
 
@@ -28,6 +31,8 @@ class Job:
     """The same sentence as each further model of an ensemble reads it."""
     prefix: list[int] = field(default_factory=list)
     """Ids that the output begins with."""
+    constraints: list[list[list[int]]] = field(default_factory=list)
+    """What the output must hold: for each constraint its alternatives, each as ids."""
 
 
 class Search:
@@ -56,20 +61,35 @@ class Search:
         self.head = head
         self.coverage = coverage
         self.rules = RuleBook(strategy, bundles[0])
+        self.draft: Bundle | None = None
+        """What proposes tokens, if the strategy asks for a draft."""
+        if isinstance(strategy, Speculative):
+            self.draft = load_draft(strategy.draft, bundles[0])
+            batches = [collate([[]], None, [0]) for _ in bundles]
+            self._stepper(batches, 1, NEVER_WRITTEN)  # a state that cannot be cropped is told of here, once
 
     @torch.inference_mode()
     def __call__(self, jobs: Sequence[Job]) -> list[list[Hypothesis]]:
         """Decode some sentences together; return the hypotheses of each, best first."""
         read = zip(*([job.source, *job.other_sources] for job in jobs), strict=True)
         batches = [collate(ids, None, range(len(jobs))).to(self.device) for ids in read]
-        sources, masks = [batch.source for batch in batches], [batch.source_mask for batch in batches]
         prefixes = [job.prefix for job in jobs]
-        forbidden = self.rules.forbidden(prefixes)
-        stepper = Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble, forbidden)
-        found = self.strategy(stepper, self._limits(jobs), self.rules.rules(prefixes, sources[0]))
+        limits = self._limits(jobs)
+        stepper = self._stepper(batches, int(limits.maximum.max()), self.rules.forbidden(prefixes))
+        found = self.strategy(stepper, limits, self.rules.rules(prefixes, batches[0].source))
         if self.head is not None or self.coverage:
             self._look_back(batches[0], found)
         return found
+
+    def _stepper(self, batches: Sequence[Batch], longest: int, forbidden: Sequence[int]) -> Stepper:
+        """Return what gives the scores. batches: as each model reads them; longest: most tokens of any output."""
+        sources = [batch.source.to(self.device) for batch in batches]
+        masks = [batch.source_mask.to(self.device) for batch in batches]
+        if self.draft is None or not isinstance(self.strategy, Speculative):
+            return Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble, forbidden)
+        small = Stepper([self.draft.model], sources[0], masks[0])
+        draft = Draft(small, self.strategy.draft_tokens, longest)
+        return DraftedStepper(self.models, sources, masks, draft, self.ensemble, forbidden)
 
     def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
         """Let the first model read every hypothesis once more, to see what it looks at."""
@@ -97,4 +117,25 @@ class Search:
         for model in self.models:
             if model.max_positions is not None:
                 maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
-        return Limits(minimum.minimum(maximum), maximum)
+        return Limits(minimum.minimum(maximum), maximum, [job.constraints for job in jobs])
+
+
+def load_draft(path: Path, bundle: Bundle) -> Bundle:
+    """Return the bundle at `path`, whose model is to propose tokens for that of `bundle`.
+
+    Raises BundleError unless it reads and writes the same ids, and as many of them.
+    """
+    draft = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
+    for side, ours, theirs in (("source", bundle.source, draft.source), ("target", bundle.target, draft.target)):
+        if ours.vocabulary.sha256 != theirs.vocabulary.sha256:
+            raise BundleError(
+                f"draft {path}: its {side} vocabulary is another than the model's ({len(theirs.vocabulary)} and "
+                f"{len(ours.vocabulary)} tokens); train both on the same prepared data."
+            )
+    most, least = draft.model.max_positions, bundle.model.max_positions
+    if most is not None and (least is None or most < least):
+        raise BundleError(
+            f"draft {path}: reads {most} positions at most, fewer than the model it is to help; train it with "
+            "`positions: sinusoidal` or `rotary`, or with as many positions."
+        )
+    return draft

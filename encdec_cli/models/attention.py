@@ -115,14 +115,14 @@ class Ancestry:
             return None
         past = like.new_empty((len(like), 0)) if self._bias is None else self._bias
         rows = torch.arange(len(like), device=like.device) % self.beam
-        owners = torch.arange(self.beam, device=like.device).repeat_interleave(new)
-        own = owners == rows[:, None]  # [rows, beam x new]
+        owners = torch.arange(self.beam, device=like.device).repeat(new)  # position after position
+        own = owners == rows[:, None]  # [rows, new x beam]
         self._bias = torch.cat((past, _bias(own, like.dtype)), dim=1)
         if new == 1:
             seen = self._bias
         else:
             places = torch.arange(new, device=like.device)
-            earlier = own[:, None] & (places.repeat(self.beam) <= places[:, None])  # [rows, new, beam x new]
+            earlier = own[:, None] & (places.repeat_interleave(self.beam) <= places[:, None])  # [rows, new, new x beam]
             before = past[:, None].expand(-1, new, -1)
             seen = torch.cat((before, _bias(earlier, like.dtype)), dim=2)
         return seen.reshape(-1, 1, self.beam * new, self._bias.shape[1])
@@ -131,6 +131,11 @@ class Ancestry:
         """Let row i continue row rows[i]."""
         if self._bias is not None:
             self._bias = self._bias.index_select(0, rows)
+
+    def crop(self, length: int) -> None:
+        """Forget all positions but the first `length` of every row."""
+        if self._bias is not None:
+            self._bias = self._bias[:, : length * self.beam]
 
 
 class KeysValues:
@@ -174,6 +179,12 @@ class KeysValues:
             torch.index_select(store, 0, sentences, out=target[:, :, : self.length])
         self._stores, self._own = fresh, True
 
+    def crop(self, length: int) -> None:
+        """Forget all positions but the first `length`."""
+        self.length = min(self.length, length)
+        if self.length == 0:  # the next keys are kept as they are, whatever their number
+            self._stores, self._own = (), False
+
     def _make_room(self, used: int) -> None:
         rows, heads, _, width = self._stores[0].shape
         room = max(16, 2 * self.length)
@@ -212,13 +223,15 @@ class SelfAttention(nn.Module):
         """
         rows, new, dim = x.shape
         joined: Tensor = self.joined(x)
-        if rotary is None:
+        if rotary is None and (beam == 1 or new == 1):
             shape = (rows // beam, beam * new, 3, self.heads, dim // self.heads)
             query, key, value = joined.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
         else:
             query, key, value = joined.view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            query, key = rotary(query, start), rotary(key, start)
-            query, key, value = (_together(part, beam) for part in (query, key, value))
+            if rotary is not None:
+                query, key = rotary(query, start), rotary(key, start)
+            query = _together(query, beam, row_by_row=True)
+            key, value = _together(key, beam), _together(value, beam)
         if cache is not None:
             key, value = cache.append(key, value)
         mixed = attend(query, key, value, mask, causal, self.dropout if self.training else 0.0)
@@ -226,12 +239,16 @@ class SelfAttention(nn.Module):
         return output
 
 
-def _together(x: Tensor, beam: int) -> Tensor:
-    """Make one sequence of the rows of a sentence: [rows, heads, new, n] to [sentences, heads, beam x new, n]."""
+def _together(x: Tensor, beam: int, row_by_row: bool = False) -> Tensor:
+    """Make one sequence of the rows of a sentence: [rows, heads, new, n] to [sentences, heads, new x beam, n].
+
+    Position after position, so that the last ones can be forgotten; or row by row, as queries and outputs stand.
+    """
     if beam == 1:
         return x
     rows, heads, new, width = x.shape
-    return x.view(-1, beam, heads, new, width).transpose(1, 2).reshape(rows // beam, heads, beam * new, width)
+    order = (0, 2, 1, 3, 4) if row_by_row else (0, 2, 3, 1, 4)
+    return x.view(-1, beam, heads, new, width).permute(order).reshape(rows // beam, heads, beam * new, width)
 
 
 class CrossAttention(nn.Module):

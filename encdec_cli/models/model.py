@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -34,6 +34,14 @@ class State(Protocol):
         There may be fewer rows than before, but always `beam` for every sentence that goes on, all of them
         continuing rows of one and the same old sentence. rows: [new_rows], int64.
         """
+
+
+@runtime_checkable
+class Croppable(Protocol):
+    """A state that can also go back, as speculative decoding asks of it."""
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length` of every row."""
 
 
 class Model(nn.Module):

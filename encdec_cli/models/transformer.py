@@ -119,6 +119,13 @@ class TransformerState:
             for cache in self.caches:
                 cache.keep(sentences)
 
+    def crop(self, length: int) -> None:
+        """Forget all tokens but the first `length` of every row."""
+        self.length = min(self.length, length)
+        self.ancestry.crop(length)
+        for cache in self.caches:
+            cache.crop(length * self.ancestry.beam)
+
 
 class Transformer(Model):
     """Encoder and decoder of attention layers; `Config` says which of the field's variants.

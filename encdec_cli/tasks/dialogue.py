@@ -26,6 +26,7 @@ class Dialogue(Task):
     """
 
     metrics: ClassVar[tuple[str, ...]] = ("bleu", "f1", "distinct")
+    uses_tabs: ClassVar[bool] = True
 
     turns: int = 3
     """How many of the last turns the encoder reads."""

@@ -18,6 +18,8 @@ class Task:
 
     metrics: ClassVar[tuple[str, ...]] = ("bleu",)
     """The metrics that `encdec evaluate` reports when none is asked for."""
+    uses_tabs: ClassVar[bool] = False
+    """Whether a TAB within a line is the task's own; otherwise constraints may follow the source after one."""
 
     def read(self, line: str) -> Example:
         """Turn a line of plain text into an example."""

@@ -13,3 +13,5 @@ class Example:
     source: str
     target: str | None = None
     record: dict[str, Any] = field(default_factory=dict)
+    constraints: list[list[str]] = field(default_factory=list)
+    """What the output must hold: of each list one of the phrases."""
