@@ -88,8 +88,8 @@ def test_every_command_runs(folder, outputs):
 @pytest.mark.parametrize(
     ("name", "line", "metric"),
     [
-        ("summarization", '{"id": 7, "document": "Return the sum of a and b, which must be numbers."}', "ROUGE-L"),
-        ("dialogue", '{"id": 7, "turns": ["Hello", "Hi there!", "What are you?"]}', "F1"),
+        ("summarization", '{"id": 7, "document": "Return the sum of a and b, which must be numbers."}', "rougeL ="),
+        ("dialogue", '{"id": 7, "turns": ["Hello", "Hi there!", "What are you?"]}', "f1 ="),
     ],
 )
 @pytest.mark.usefixtures("outputs")
