@@ -265,10 +265,10 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
 def _write(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
     """Return what the model writes for each example, after the reranker if one is named."""
     from encdec_cli.cli.models import decode
-    from encdec_cli.generation.lines import WINDOW_BATCHES, Options, first_text
+    from encdec_cli.generation.lines import Options, first_text
     from encdec_cli.text.windows import full_windows
     from encdec_cli.training.machine import decoding_workers
 
     options = Options(bundle.recipe.decoding.config, workers=decoding_workers(bundle.device.type))
-    windows = full_windows(examples, options.batch * WINDOW_BATCHES)
+    windows = full_windows(examples, options.window)
     return [first_text(result) for result in decode([bundle], windows, options, rerank)]

@@ -22,6 +22,7 @@ class Precision(str, Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
     auto = "auto"
 
 
@@ -74,7 +75,10 @@ AlignmentsOption = Annotated[
         "agrees best on the validation split, of a decoder layer, or of a head.",
     ),
 ]
-BatchOption = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together.")]
+BatchOption = Annotated[
+    int | None,
+    typer.Option("--batch", metavar="N", min=1, help="Most lines decoded together. [default: 640 / hypotheses a line]"),
+]
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", metavar="N", min=1, help="Processes that decode on a CPU. [default: one a core]"),
@@ -94,7 +98,9 @@ SchemaOption = Annotated[bool, typer.Option("--schema", help="Write the JSON Sch
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
-        "--precision", metavar="|".join(Precision), help="bf16 is faster where the machine multiplies it fast."
+        "--precision",
+        metavar="|".join(Precision),
+        help="bf16 is faster where the machine multiplies it fast; int8 keeps large matrices in 8 bits.",
     ),
 ]
 
@@ -114,7 +120,7 @@ def generate(
     fail_on: FailOnOption = None,
     score: ScoreOption = False,
     alignments: AlignmentsOption = None,
-    batch: BatchOption = 64,
+    batch: BatchOption = None,
     workers: WorkersOption = None,
     exact: ExactOption = False,
     device: DeviceOption = "cpu",
@@ -147,13 +153,13 @@ def generate(
     head = scoring.choose_head(bundles[0], alignments) if alignments else None
     report, cut = LineReport(), 0
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
+    processes = workers or decoding_workers(device)
+    options = Options(chosen, n_best, batch or 0, processes, exact, average, head, watch.asks_for("coverage"))
     reader = Reader(bundles[0].task, as_json, pairs=score, constraints=chosen.reads_constraints)
-    windows = windows_of(reader, file, batch, report)
+    windows = windows_of(reader, file, options.window, report)
     if score:
-        cut = scoring.write_scores(bundles, windows, as_json, batch, exact, average, head)
+        cut = scoring.write_scores(bundles, windows, as_json, options)
     else:
-        processes = workers or decoding_workers(device)
-        options = Options(chosen, n_best, batch, processes, exact, average, head, watch.asks_for("coverage"))
         with closing(decode(bundles, windows, options, rerank)) as results:
             cut = write_all(results, Writer(bundles[0], options, scores, as_json, watch))
     _tell(report, cut, min(bundle.longest_source for bundle in bundles), reader.ignored)

@@ -58,16 +58,14 @@ class Reader:
         return self.as_json and line.lstrip().startswith("{")
 
 
-def windows_of(reader: Reader, file: Path | None, batch: int, report: LineReport) -> Iterator[list[Example]]:
-    """Yield the input as it is to be sorted and decoded, or scored, together."""
+def windows_of(reader: Reader, file: Path | None, size: int, report: LineReport) -> Iterator[list[Example]]:
+    """Yield the input in windows of at most `size` lines, which are sorted and decoded, or scored, together."""
     from encdec_cli.cli.scoring import with_targets
-    from encdec_cli.generation.lines import WINDOW_BATCHES
     from encdec_cli.text.windows import arriving_windows, full_windows
 
     examples = _examples(reader, file, report)
     if reader.pairs:
         examples = with_targets(examples, file)
-    size = batch * WINDOW_BATCHES
     return full_windows(examples, size) if _is_complete(file) else arriving_windows(examples, size)
 
 

@@ -29,6 +29,7 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
     """Load the named models, or the default one."""
     from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.cli import console
+    from encdec_cli.models.quantised import quantise
     from encdec_cli.registry import load_plugins
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.precision import choose
@@ -40,8 +41,23 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
     for path in paths:
         for sentence in changed_plugins(path, list(loaded)):
             console.warn(sentence)
-    dtype = choose(precision, device).dtype
-    return [Bundle.load(path, device, dtype) for path in paths]
+    quantised = precision == "int8"
+    if quantised:
+        _check_int8(device)
+    dtype = choose("auto" if quantised else precision, device).dtype
+    bundles = [Bundle.load(path, device, dtype) for path in paths]
+    if quantised:
+        for bundle in bundles:
+            quantise(bundle.model)
+    return bundles
+
+
+def _check_int8(device: str) -> None:
+    from encdec_cli.errors import UsageError
+    from encdec_cli.models.quantised import supported
+
+    if device != "cpu" or not supported():
+        raise UsageError("--precision int8: this torch multiplies 8-bit matrices on no such device; use bf16 or auto.")
 
 
 def choose_ensemble(average: str, weights: str | None) -> Ensemble:

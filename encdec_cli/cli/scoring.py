@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.attention import Head
-    from encdec_cli.decoding.ensemble import Ensemble
+    from encdec_cli.generation.lines import Options
     from encdec_cli.generation.scoring import Scored
     from encdec_cli.tasks.task import Task
     from encdec_cli.text.example import Example
@@ -105,18 +105,19 @@ def write_scores(
     bundles: Sequence[Bundle],
     windows: Iterable[Sequence[Example]],
     as_json: bool,
-    batch: int,
-    exact: bool,
-    ensemble: Ensemble,
-    head: Head | None,
+    options: Options,
 ) -> int:
-    """Write a line for each pair, and say what they add up to; return how many sources were cut."""
+    """Write a line for each pair, and say what they add up to; return how many sources were cut.
+
+    Of the options those count that say nothing of a search: batch, exact, ensemble and head.
+    """
     from encdec_cli.cli import console
     from encdec_cli.cli.output import write_line
     from encdec_cli.generation.scoring import perplexity, score
 
     lines, tokens, log_probability, cut = 0, 0, 0.0, 0
-    for lines, result in enumerate(score(bundles, windows, batch, exact, head, ensemble), start=1):
+    found = score(bundles, windows, options.batch, options.exact, options.head, options.ensemble)
+    for lines, result in enumerate(found, start=1):
         write_line(_json_line(lines, result) if as_json else _text_line(result))
         tokens += len(result.tokens)
         log_probability += result.log_probability

@@ -20,8 +20,10 @@ from encdec_cli.generation.search import Job, Search
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
 
-WINDOW_BATCHES = 64
-"""Batches in a window: sorting within it by length saves most of the padding."""
+WINDOW = 4096
+"""Lines in a window: sorting within it by length saves most of the padding."""
+ROWS = 640
+"""Hypotheses decoded together unless told otherwise: with fewer, much of a step's time is spent between operations."""
 _TOKENS_PER_SENTENCE = 48
 TROUBLES = ("empty", "truncated", "max-length")
 """Nothing to decode, source cut, best output cut: what a line's status may be beside `ok`."""
@@ -34,8 +36,8 @@ class Options:
     strategy: Strategy
     n_best: int = 1
     """Candidates returned for each line, at most `strategy.beam`."""
-    batch: int = 64
-    """Most sentences decoded together; fewer where they are long."""
+    batch: int = 0
+    """Most sentences decoded together, fewer where they are long; 0 takes as many as make ROWS hypotheses."""
     workers: int = 1
     """Processes of one thread each that decode, on a CPU; 1 decodes in this process, with its threads."""
     exact: bool = False
@@ -46,6 +48,14 @@ class Options:
     """What word alignments are read from, of the first model; None: there are none."""
     coverage: bool = False
     """Whether candidates tell how much of the source they leave unread."""
+
+    def __post_init__(self) -> None:
+        self.batch = self.batch or max(1, ROWS // self.strategy.rows)
+
+    @property
+    def window(self) -> int:
+        """Lines that are read and sorted together."""
+        return max(WINDOW, self.batch)
 
 
 @dataclass

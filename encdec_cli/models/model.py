@@ -86,6 +86,12 @@ class Model(nn.Module):
         """
         raise UsageError(f"this model ({type(self).__name__}) has no attention to show.")
 
+    def untie(self) -> None:
+        """Give the output layer a matrix of its own where it shares one, so that it can be replaced apart.
+
+        For models that share none there is nothing to do.
+        """
+
     def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         """Return hidden states [sentences, tgt_len, dim] for all target positions at once."""
         return self.decode(target, self.start(self.encode(source, mask)))

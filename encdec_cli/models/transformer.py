@@ -276,6 +276,13 @@ class Transformer(Model):
             yield seen[0]
         state.length += tokens.shape[1]
 
+    def untie(self) -> None:
+        """Give the output layer a copy of the target embedding, if it shares that."""
+        if self.output is None:
+            weight = self.target_embedding.weight
+            self.output = Linear(weight.shape[1], weight.shape[0], bias=False).to(weight)
+            self.output.weight.data.copy_(weight.data)
+
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
         if self.output is None:

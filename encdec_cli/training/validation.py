@@ -13,7 +13,7 @@ from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.errors import DataError, StoppedError
 from encdec_cli.evaluation.metrics import Metric, score
-from encdec_cli.generation.lines import WINDOW_BATCHES, Options, first_text, generate
+from encdec_cli.generation.lines import Options, first_text, generate
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.text.windows import full_windows
@@ -92,7 +92,7 @@ class Validation:
 
     def _decoded(self, bundle: Bundle, stop: Stop) -> dict[str, float]:
         hypotheses: list[str] = []
-        windows = full_windows(self.examples, self.options.batch * WINDOW_BATCHES)
+        windows = full_windows(self.examples, self.options.window)
         for result in generate([bundle], windows, self.options):
             _leave(stop)
             hypotheses.append(first_text(result))
