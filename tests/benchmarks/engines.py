@@ -20,6 +20,7 @@ from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import length_of
 from encdec_cli.generation.lines import Options, generate
+from encdec_cli.models.quantised import quantise
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
 from encdec_cli.training.precision import choose
@@ -41,7 +42,10 @@ def sorted_batches(sources: list[list[int]], batch: int) -> list[list[int]]:
 def ours(options: argparse.Namespace) -> Run:
     """Return `encdec generate`."""
     torch.set_num_threads(options.cores)
-    bundle = Bundle.load(options.model, "cpu", choose(options.precision, "cpu").dtype)
+    quantised = options.precision == "int8"
+    bundle = Bundle.load(options.model, "cpu", choose("auto" if quantised else options.precision, "cpu").dtype)
+    if quantised:
+        quantise(bundle.model)
     strategy = Beam(beam=options.beam, length_penalty=LENGTH_PENALTY)
     settings = Options(strategy, batch=options.batch, workers=options.cores)
 
