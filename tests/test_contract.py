@@ -301,7 +301,7 @@ def folder(tmp_path_factory, bundle):
     save(bundle, path / "model")
     records = [
         {"id": "first", "source": TEXT[0], "prefix": "ba be"},
-        {"source": " ".join(WORDS[:20]), "flags": 7},
+        {"source": " ".join(WORDS[:20]), "flags": 7, "alignment": 3, "candidates": "old", "rerank_score": "high"},
         {"source": "", "x": [1.5, None]},
     ]
     (path / "in.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records) + f"{TEXT[1]}\n")
@@ -327,7 +327,11 @@ def test_every_record_fits_the_schema(command, capfd):
     schema = json.loads(capfd.readouterr().out)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    for words in ((), ("--n-best", "3"), ("--strategy", "sampling,beam=2,no_repeat_ngram=2")):
+    choices = ("--n-best", "2", "--rerank", "mbr")
+    for words in (
+        *((), ("--n-best", "3"), ("--strategy", "sampling,beam=2,no_repeat_ngram=2")),
+        *(("--alignments", "0"), choices, (*choices, "--alignments", "0")),
+    ):
         code, out, _ = command("--json", *words)
         assert (code, len(out)) == (0, 4)
         records = [json.loads(line) for line in out]
@@ -337,6 +341,10 @@ def test_every_record_fits_the_schema(command, capfd):
         assert [record["status"] for record in records][1:3] == ["truncated", "empty"]
         assert records[0]["text"].startswith("ba be")
         assert records[2]["x"] == [1.5, None]
+        for record in records:  # what an older output left in the input does not pose as ours
+            assert ("candidates" in record) == ("--n-best" in words)
+            assert ("alignment" in record) == ("--alignments" in words and record["status"] != "empty")
+            assert ("rerank_score" in record) == ("--rerank" in words and record["status"] != "empty")
     for key, wrong in (
         ("status", "fine"),
         ("flags", ["odd"]),

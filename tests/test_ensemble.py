@@ -209,7 +209,7 @@ def test_bundles_that_do_not_fit_together_are_refused():
     bundle = make_bundle()
     with pytest.raises(BundleError, match="must share their target vocabulary"):
         written([bundle, make_bundle(target=WORDS[::-1])])
-    with pytest.raises(UsageError, match="3 for 2 models"):
+    with pytest.raises(UsageError, match="found 3, and 2 times --model"):
         written([bundle, bundle], ensemble=Ensemble(weights=(1.0, 1.0, 1.0)))
 
 
@@ -218,7 +218,7 @@ def test_flags_of_an_ensemble(copy_run):
     done = encdec("generate", *models, "--weights", "0.7,0.3", "--ensemble", "log-probabilities", stdin="1 2 3\n")
     assert (done.returncode, done.stdout) == (0, "1 2 3\n"), done.stderr
     for weights, words in (
-        ("0.7", "weights: 1 for 2 models; give one for each model"),
+        ("0.7", "--weights: found 1, and 2 times --model; give one number for each"),
         ("0.7,x", "--weights 0.7,x: expected a number for each --model, separated by commas, such as 0.7,0.3."),
         ("1,0", "--weights: found 0.0; each weight must be above 0"),
     ):

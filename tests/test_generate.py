@@ -133,9 +133,17 @@ def test_n_best_and_scores_are_columns(copy_run):
     assert other != text
     assert float(score) >= float(other_score)
     assert second == ""
-    refused = encdec("generate", "--model", copy_run, "--n-best", "9", stdin="1\n")
-    assert refused.returncode == 2
-    assert "--beam 9" in refused.stderr
+    wide = encdec("generate", "--model", copy_run, "--n-best", "4", stdin="1 2 3\n")  # the recipe's beam is 2
+    assert wide.stdout.count("\t") == 3
+    for words in (("--beam", "2"), ("--strategy", "beam,beam=2,prefix='beam=9'")):
+        refused = encdec("generate", "--model", copy_run, "--n-best", "9", *words, stdin="1\n")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert "--n-best 9: the search keeps 2 hypotheses a line; give --beam 9" in refused.stderr
+
+
+def test_a_beam_of_its_own_flag_is_checked_with_the_keys_beside_it(copy_run):
+    done = encdec("generate", "--model", copy_run, "--strategy", "diverse,groups=2", "--beam", "4", stdin="1 2\n")
+    assert (done.returncode, done.stdout) == (0, "1 2\n"), done.stderr
 
 
 def test_samples_are_the_same_wherever_the_line_stands(copy_run):
@@ -255,7 +263,7 @@ def test_ctrl_c_leaves_with_130(copy_run):
         (["--strategy", "beam,length_penalti=1"], 2, "did you mean 'length_penalty'?"),
         (["--beam", "0"], 2, "--beam"),
         (["--strategy", "beam,stop=early"], 2, "stop: expected"),
-        (["--strategy", "contrastive", "--beam", "3"], 2, "a beam of 3 does not suit the strategy: beam is 3"),
+        (["--strategy", "contrastive", "--beam", "3"], 2, "--strategy contrastive,beam=3: beam is 3"),
         (["--strategy", "diverse,beam=4,groups=2", "--beam", "3"], 2, "the beam must be a multiple of the groups"),
         (["--device", "tpu9"], 2, "--device"),
         (["--strategy", "beam,max_length=2y"], 2, "2x+20"),

@@ -307,3 +307,17 @@ def test_a_batch_gives_what_its_sentences_give_alone(strategy):
         for prefix, hypotheses in zip(prefixes, together, strict=True):
             assert all(tokens[: len(prefix)] == prefix for tokens, _ in hypotheses)
             assert not allowed or all(tokens in outputs and finished for tokens, finished in hypotheses)
+
+
+def test_a_bonus_counts_across_the_end_of_a_forced_prefix():
+    """What is lent for a phrase that begins within the prefix is there to be taken back."""
+    table = random_table(3)
+    boosted = [([A, B], 2.0)]
+    rule = Boosted(boosted, CPU)
+    forced = Forced([[A]], [rule], CPU, rule)
+    found = run(Beam(beam=200, length_penalty=0), Scripted(table), maximum=3, rules=[forced])[0]
+    assert len(found) > 5
+    for one in found:
+        gain = 2.0 * occurrences(one.tokens, [A, B])
+        lent = 1.0 * (not one.finished and one.tokens[-1:] == [A])
+        assert one.score == pytest.approx(sum(one.token_scores) + gain + lent, abs=1e-4)

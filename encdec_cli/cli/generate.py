@@ -188,26 +188,25 @@ def _tell(report: LineReport, cut: int, most: int, ignored: int) -> None:
         lines = "1 line was" if cut == 1 else f"{cut:,} lines were"
         console.warn(f"{lines} longer than the {most:,} tokens that the model reads, and cut")
     if ignored:
-        console.warn(f"the constraints of {ignored:,} records were not read; --strategy constrained reads them")
+        records = "a record" if ignored == 1 else f"{ignored:,} records"
+        console.warn(f"the constraints of {records} were not read; --strategy constrained reads them")
 
 
 def choose_strategy(bundle: Bundle, named: str | None, beam: int | None, n_best: int = 1) -> Strategy:
-    """Return the strategy of --strategy, else the recipe's (with the keys of --strategy), with the beam of --beam."""
-    from dataclasses import replace
+    """Return the strategy of --strategy, else the recipe's (with the keys of --strategy), with the beam of --beam.
 
-    from encdec_cli.config import parse_component
+    A beam that nobody named is as wide as --n-best.
+    """
+    from encdec_cli.config import given_keys, parse_component, with_key
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import strategies
 
-    own = bundle.recipe.decoding
-    chosen: Strategy = parse_component(named, strategies, "--strategy", own) if named else own.config
-    if beam is None and named and "beam=" not in named and n_best > chosen.beam:
-        beam = n_best
+    own, text = bundle.recipe.decoding, named or ""
     if beam is not None:
-        try:
-            chosen = replace(chosen, beam=beam)
-        except ValueError as error:
-            raise UsageError(f"a beam of {beam} does not suit the strategy: {error}") from error
+        text = with_key(text, "beam", beam)
+    chosen: Strategy = parse_component(text, strategies, "--strategy", own) if text else own.config
+    if n_best > chosen.beam and "beam" not in given_keys(text):
+        chosen = parse_component(with_key(text, "beam", n_best), strategies, "--strategy", own)
     if n_best > chosen.beam:
         raise UsageError(f"--n-best {n_best}: the search keeps {chosen.beam} hypotheses a line; give --beam {n_best}.")
     return chosen

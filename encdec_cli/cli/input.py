@@ -41,7 +41,7 @@ class Reader:
             example = self.task.from_record(json.loads(line, parse_float=_number, parse_constant=_number))
             if self.constraints:
                 example.constraints = constraints_of_record(example.record)
-            else:
+            elif not self.pairs:
                 self.ignored += "constraints" in example.record
             return example
         if self.pairs:
@@ -86,9 +86,11 @@ def _examples(reader: Reader, file: Path | None, report: LineReport) -> Iterator
         except (ValueError, DataError, RecursionError) as error:
             reason = str(error).rstrip(".")
             if reader.is_record(line):
-                reason = f"not a record this task can read ({reason}); a line that begins with {{ must be a JSON object"
+                reason = f"not a record this task can read ({reason})"
+            if isinstance(error, json.JSONDecodeError):
+                reason += "; a line that begins with { must be a JSON object"
             raise DataError(
-                f"{file or 'stdin'}:{number}: {reason}, and the lines before this one have been written."
+                f"{file or 'stdin'}:{number}: {reason}; the lines before this one have been written."
             ) from error
 
 

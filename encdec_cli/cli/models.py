@@ -93,6 +93,6 @@ def decode(
     if options.strategy.beam == 1:
         raise UsageError(f"--rerank {rerank}: the search gives 1 output a line; it needs a beam of several to order.")
     reranker.load(str(bundles[0].device))
-    if options.exact:
-        use_threads(1)  # what a reranker's models compute must not depend on their number either
+    if options.exact or options.workers > 1:
+        use_threads(1)  # the workers have the other cores; and what is exact must not depend on their number
     return generate_reranked(bundles, windows, options, reranker)

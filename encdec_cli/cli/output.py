@@ -22,6 +22,10 @@ def write_line(line: str) -> None:
     sys.stdout.buffer.flush()
 
 
+OURS = {"text", "score", "token_scores", "status", "flags", "rerank_score", "alignment", "candidates"}
+"""Fields of a record that tell of the output: what the input has under these names belongs to another."""
+
+
 @dataclass
 class Writer:
     """Writes the outputs for lines, and notes those that --fail-on names."""
@@ -54,7 +58,7 @@ class Writer:
 
     def _record(self, number: int, result: Generated, flags: list[str]) -> str:
         """Return the record of a line as `record.schema.json` describes it: the input's own fields, then ours."""
-        record: dict[str, Any] = {"id": number, **result.example.record}
+        record: dict[str, Any] = {"id": number, **{k: v for k, v in result.example.record.items() if k not in OURS}}
         outputs = [_output(candidate) for candidate in result.candidates]
         record |= outputs[0] if outputs else {"text": "", "score": 0.0, "token_scores": []}
         record |= {"status": result.status, "flags": flags}

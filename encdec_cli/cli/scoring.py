@@ -141,11 +141,12 @@ def _text_line(result: Scored) -> str:
 
 def _json_line(number: int, result: Scored) -> str:
     """Return the record of a line: the input's own fields, then ours, which win where names clash."""
+    from encdec_cli.cli.output import OURS
     from encdec_cli.generation.scoring import perplexity
 
     record: dict[str, Any] = {
         "id": number,
-        **result.example.record,
+        **{key: value for key, value in result.example.record.items() if key not in OURS},
         "log_probability": _number(result.log_probability),
         "perplexity": _number(perplexity(result.log_probability, len(result.tokens))),
         "tokens": result.tokens,

@@ -121,6 +121,17 @@ def parse_component(text: str, registry: Registry[type[Any]], flag: str, base: C
     return config
 
 
+def given_keys(text: str) -> set[str]:
+    """Return the keys that `name,key=value,…` gives."""
+    return {key for key, equals, _ in (word.partition("=") for word in _split(text)) if equals}
+
+
+def with_key(text: str, key: str, value: object) -> str:
+    """Return `name,key=value,…` with one more key, in place of what the text gives for it."""
+    words = [word for word in _split(text) if word and not word.startswith(f"{key}=")]
+    return ",".join([*words, f"{key}={value}"])
+
+
 def component_of(text: str, registry: Registry[type[Any]], place: Place, path: str, mistakes: Mistakes) -> Any:
     """Read `name,key=value,…` that stands at `place` under the key `path`; None after noting what is wrong with it."""
     name, *pairs = _split(text)

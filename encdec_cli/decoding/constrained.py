@@ -35,6 +35,11 @@ class Constrained(Beam):
 
     reads_constraints: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.outputs:
+            raise ValueError("outputs: the list alone says what is written; leave it out, or search with beam.")
+
     def _frontier(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> Frontier:
         asked = any(limits.constraints)
         return ConstrainedFrontier(stepper, limits, rules) if asked else super()._frontier(stepper, limits, rules)

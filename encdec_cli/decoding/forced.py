@@ -17,19 +17,27 @@ RADIX = 1 << 32
 class Forced:
     """Every output begins with its sentence's prefix, whatever other rules say; they apply to what follows.
 
-    A forced token keeps the score that the models give it.
+    A forced token keeps the score that the models give it, and what a bonus adds.
 
     Args:
         prefixes: tokens for each sentence; none where nothing is forced.
         rules: the other rules.
         device: where the scores are.
+        bonus: the one of the rules that favours phrases: what it lends within a prefix it takes back after it.
     """
 
-    def __init__(self, prefixes: Sequence[Sequence[int]], rules: Sequence[Rule], device: torch.device) -> None:
+    def __init__(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        rules: Sequence[Rule],
+        device: torch.device,
+        bonus: Rule | None = None,
+    ) -> None:
         longest = max(map(len, prefixes))
         self._tokens = torch.tensor([[*prefix, *[PAD] * (longest - len(prefix))] for prefix in prefixes], device=device)
         self._lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
         self._rules = rules
+        self._bonus = bonus
 
     def __call__(self, scores: Tensor, prefix: Tensor, sentences: Tensor) -> Tensor:
         """Leave one candidate to the rows that are still within their prefix."""
@@ -38,7 +46,8 @@ class Forced:
             return self._others(scores, prefix, sentences)
         rows = (self._lengths[sentences] > written).nonzero().flatten()
         tokens = self._tokens[sentences[rows], written]
-        own = scores[rows, tokens]
+        own = scores if self._bonus is None else self._bonus(scores.clone(), prefix, sentences)
+        own = own[rows, tokens]
         scores = self._others(scores, prefix, sentences)
         scores[rows] = -torch.inf
         scores[rows, tokens] = own

@@ -68,6 +68,9 @@ class Strategy:
     reads_constraints: ClassVar[bool] = False
     """Whether outputs hold `Limits.constraints`; only then are constraints read from the input."""
 
+    one_by_one: ClassVar[bool] = False
+    """Whether sentences are decoded fastest one at a time."""
+
     beam: int = 1
     """Hypotheses kept for each sentence."""
     max_length: int | str = "2x+20"
@@ -108,6 +111,8 @@ class Strategy:
                 length_of(vars(self)[key], 1)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
+        if length_of(self.max_length, 1000) < 1:
+            raise ValueError(f"max_length: {self.max_length} leaves no room for a token; expected such as '2x+20'.")
 
     def _check_phrases(self) -> None:
         for key, phrases in (("banned", self.banned), ("boosted", self.boosted)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class Speculative(Strategy):
     draft: it is given a `DraftedStepper`. The score is the log-probability, as of beam search with a length penalty
     of 0.
     """
+
+    one_by_one: ClassVar[bool] = True
 
     draft: Path
     """Bundle or run of the draft model, which reads and writes the same vocabularies."""

@@ -50,7 +50,8 @@ class Options:
     """Whether candidates tell how much of the source they leave unread."""
 
     def __post_init__(self) -> None:
-        self.batch = self.batch or max(1, ROWS // self.strategy.rows)
+        usual = 1 if self.strategy.one_by_one else max(1, ROWS // self.strategy.rows)
+        self.batch = self.batch or usual
 
     @property
     def window(self) -> int:
@@ -115,8 +116,8 @@ class _Line:
 def check_ensemble(bundles: Sequence[Bundle], ensemble: Ensemble) -> None:
     """Raise BundleError unless all models write the same ids, UsageError unless each has a weight or none has."""
     count = len(ensemble.weights)
-    if count not in (0, len(bundles)):
-        raise UsageError(f"weights: {count} for {len(bundles)} models; give one for each model, in their order.")
+    if count not in (0, len(bundles)) or count == 1:
+        raise UsageError(f"--weights: found {count}, and {len(bundles)} times --model; give one number for each.")
     ours = bundles[0].target.vocabulary
     for other in bundles[1:]:
         theirs = other.target.vocabulary
@@ -141,7 +142,8 @@ def generate(
     """
     check_ensemble(bundles, options.ensemble)
     before = 0
-    search = Search(bundles, options.strategy, options.ensemble, options.head, options.coverage)
+    asked = (options.n_best, options.ensemble, options.head, options.coverage)
+    search = Search(bundles, options.strategy, *asked)
     with closing(_Decoder(search, options)) as decoder:
         for window in windows:
             lines, unreadable = _read_window(bundles, window, search.rules, before)
@@ -216,7 +218,7 @@ def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder) -> 
     groups = list(_groups([line for line in lines if line.job.source], options))
     for number, found in decoder.map([[line.job for line in group] for group in groups]):
         for line, hypotheses in zip(groups[number], found, strict=True):
-            line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses[: options.n_best]]
+            line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses]
             ready[line.place] = True
         while given < len(lines) and ready[given]:
             yield lines[given].result

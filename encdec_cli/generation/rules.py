@@ -37,14 +37,16 @@ class RuleBook:
     Args:
         strategy: whose common keys are read.
         bundle: whose target tokenizer and task turn words into ids.
+        most: most tokens that the models can write; None if there is no limit.
 
     Raises UsageError or DataError where a key asks for what this model cannot give.
     """
 
-    def __init__(self, strategy: Strategy, bundle: Bundle) -> None:
+    def __init__(self, strategy: Strategy, bundle: Bundle, most: int | None = None) -> None:
         self._strategy = strategy
         self._bundle = bundle
-        self.outputs = _outputs(strategy.outputs, bundle) if strategy.outputs else None
+        self._most = most
+        self.outputs = _outputs(strategy.outputs, bundle, most) if strategy.outputs else None
         self._rules: list[Rule] = []
         if strategy.repetition_penalty != 1:
             self._rules.append(RepetitionPenalty(strategy.repetition_penalty))
@@ -73,6 +75,8 @@ class RuleBook:
         if not text:
             return []
         ids = self._bundle.target.encode(self._bundle.task.target(replace(example, target=text)))
+        if self._most is not None and len(ids) > self._most:
+            raise DataError(f"the prefix has {len(ids)} tokens, and the model writes at most {self._most}; shorten it.")
         if self.outputs and not self.outputs.begins(ids):
             raise DataError(f"no output in {self._strategy.outputs} begins with the tokens of the prefix '{text}'.")
         return ids
@@ -92,7 +96,8 @@ class RuleBook:
             rules.append(NoRepeatSourceNgram(self._strategy.no_repeat_source_ngram, source))
         if not self._strategy.allow_unknown and UNK not in self.forbidden(prefixes):
             rules.append(Banned([[UNK]], source.device))
-        return [Forced(prefixes, rules, source.device)] if any(prefixes) else rules
+        bonus = next((rule for rule in rules if isinstance(rule, Boosted)), None)
+        return [Forced(prefixes, rules, source.device, bonus)] if any(prefixes) else rules
 
 
 def spellings(tokenizer: Tokenizer, phrase: str) -> list[list[int]]:
@@ -119,16 +124,15 @@ def _boosted(boosted: dict[str, float], tokenizer: Tokenizer) -> list[tuple[list
     return found
 
 
-def _outputs(name: str, bundle: Bundle) -> OneOf:
+def _outputs(name: str, bundle: Bundle, most: int | None) -> OneOf:
     """Read the file of allowed outputs. Raises DataError that names the line which the model cannot write."""
     found = []
-    most = bundle.model.max_positions
     for number, line in enumerate(read_lines(Path(name)), start=1):
         ids = bundle.target.encode(bundle.task.target(Example("", line))) if line.strip() else []
         if UNK in ids:
             raise DataError(f"{name}:{number}: holds what is not in the model's vocabulary; take the line out.")
-        if most is not None and len(ids) >= most:
-            raise DataError(f"{name}:{number}: {len(ids)} tokens, and the model writes at most {most - 1}; shorten it.")
+        if most is not None and len(ids) > most:
+            raise DataError(f"{name}:{number}: {len(ids)} tokens, and the model writes at most {most}; shorten it.")
         found += [ids] if ids else []
     if not found:
         raise DataError(f"{name}: no allowed output; expected one on each line.")

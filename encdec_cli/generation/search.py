@@ -41,6 +41,7 @@ class Search:
     Args:
         bundles: one model, or an ensemble of models that write the same ids.
         strategy: how to search.
+        n_best: most hypotheses of a sentence that are wanted.
         ensemble: how several models are averaged.
         head: what tells, of the first model, where the tokens of a hypothesis come from; None: nobody asks.
         coverage: whether to tell how much of the source each hypothesis has left unread, by the first model.
@@ -50,6 +51,7 @@ class Search:
         self,
         bundles: Sequence[Bundle],
         strategy: Strategy,
+        n_best: int = 1,
         ensemble: Ensemble = MEAN,
         head: Head | None = None,
         coverage: bool = False,
@@ -57,10 +59,13 @@ class Search:
         self.models = [bundle.model for bundle in bundles]
         self.device = bundles[0].device
         self.strategy = strategy
+        self.n_best = n_best
         self.ensemble = ensemble
         self.head = head
         self.coverage = coverage
-        self.rules = RuleBook(strategy, bundles[0])
+        limits = [model.max_positions - 1 for model in self.models if model.max_positions is not None]
+        self._most = min(limits, default=None)  # BOS has a position too
+        self.rules = RuleBook(strategy, bundles[0], self._most)
         self.draft: Bundle | None = None
         """What proposes tokens, if the strategy asks for a draft."""
         if isinstance(strategy, Speculative):
@@ -77,6 +82,7 @@ class Search:
         limits = self._limits(jobs)
         stepper = self._stepper(batches, int(limits.maximum.max()), self.rules.forbidden(prefixes))
         found = self.strategy(stepper, limits, self.rules.rules(prefixes, batches[0].source))
+        found = [hypotheses[: self.n_best] for hypotheses in found]
         if self.head is not None or self.coverage:
             self._look_back(batches[0], found)
         return found
@@ -93,10 +99,10 @@ class Search:
 
     def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
         """Let the first model read every hypothesis once more, to see what it looks at."""
-        beam = self.strategy.beam
-        known = (batch.source, batch.source_mask, as_targets(found, beam, self.device), beam)
+        most = self.n_best
+        known = (batch.source, batch.source_mask, as_targets(found, most, self.device), most)
         # A sentence may have fewer hypotheses than rows.
-        rows = [(one, place * beam + rank) for place, some in enumerate(found) for rank, one in enumerate(some)]
+        rows = [(one, place * most + rank) for place, some in enumerate(found) for rank, one in enumerate(some)]
         if self.head is not None:
             places = align(self.models[0], self.head, *known).tolist()
             for hypothesis, row in rows:
@@ -114,9 +120,8 @@ class Search:
         if self.rules.outputs:
             minimum, maximum = torch.ones_like(minimum), torch.full_like(maximum, self.rules.outputs.longest)
         maximum = maximum.maximum(torch.tensor([max(1, len(job.prefix)) for job in jobs]))
-        for model in self.models:
-            if model.max_positions is not None:
-                maximum = maximum.clamp(max=model.max_positions - 1)  # BOS has a position too
+        if self._most is not None:
+            maximum = maximum.clamp(max=self._most)
         return Limits(minimum.minimum(maximum), maximum, [job.constraints for job in jobs])
 
 

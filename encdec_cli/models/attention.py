@@ -98,7 +98,7 @@ class Ancestry:
     """Which of the positions that the rows of a sentence have written each of them may look at.
 
     The rows of a sentence share one store of keys and values; when a row becomes the continuation of another, its
-    view of the store changes and nothing in the store moves. With one row a sentence there is nothing to tell.
+    view of the store changes and nothing in the store moves. With one row to a store there is nothing to tell.
     """
 
     def __init__(self, beam: int) -> None:
@@ -169,7 +169,7 @@ class KeysValues:
         return all_keys, all_values
 
     def keep(self, sentences: Tensor) -> None:
-        """Let these sentences stay, in this order; only the used part is copied. sentences: [n] int64."""
+        """Let the stores of these sentences (or rows) stay, in this order; the used part is copied. [n] int64."""
         used = [store[:, :, : self.length] for store in self._stores]
         if torch.is_grad_enabled() and any(store.requires_grad for store in used):
             self._stores = tuple(store.index_select(0, sentences) for store in used)

@@ -17,6 +17,9 @@ from encdec_cli.models.linear import Linear
 from encdec_cli.models.model import Memory, Model
 from encdec_cli.models.positions import Learned, Rotary, Sinusoidal
 
+SHARED_ROWS = 8
+"""Most rows of a sentence that share a store of keys and values: attention to it grows with their square."""
+
 
 def _residual(config: Transformer.Config) -> Residual:
     norm = make_norm(config.norm, config.d_model, config.bias)
@@ -94,10 +97,12 @@ class DecoderLayer(nn.Module):
 class TransformerState:
     """What the decoder remembers: what it wrote, for each row, and the source, once for each sentence."""
 
+    beam: int
+    """Rows a sentence."""
     ancestry: Ancestry
-    """Which of the tokens so far each row has written."""
+    """Which of the tokens so far each row has written, where the rows of a sentence share a store."""
     caches: list[KeysValues]
-    """For each layer: keys and values of the tokens so far, of all rows of a sentence together."""
+    """For each layer: keys and values of the tokens so far, of all rows of a sentence together or of each row."""
     sources: list[tuple[Tensor, Tensor]]
     """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
     mask: Tensor | None
@@ -107,16 +112,18 @@ class TransformerState:
 
     def reorder(self, rows: Tensor) -> None:
         """Let new row i continue old row rows[i]; see `State`. The source moves only if sentences do."""
-        beam = self.ancestry.beam
         self.ancestry.reorder(rows)
-        sentences = rows[::beam] // beam
+        sentences = rows[:: self.beam] // self.beam
+        if self.ancestry.beam < self.beam:
+            for cache in self.caches:
+                cache.keep(rows)
         same = torch.arange(len(self.sources[0][0]), device=rows.device)
         if not torch.equal(sentences, same):
             self.sources = [
                 (keys.index_select(0, sentences), values.index_select(0, sentences)) for keys, values in self.sources
             ]
             self.mask = self.mask.index_select(0, sentences) if self.mask is not None else None
-            for cache in self.caches:
+            for cache in self.caches if self.ancestry.beam == self.beam else ():
                 cache.keep(sentences)
 
     def crop(self, length: int) -> None:
@@ -250,7 +257,8 @@ class Transformer(Model):
         """Compute every layer's keys and values of the source, once for each sentence."""
         layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
         return TransformerState(
-            ancestry=Ancestry(beam),
+            beam=beam,
+            ancestry=Ancestry(beam if beam <= SHARED_ROWS else 1),
             caches=[KeysValues() for _ in layers],
             sources=[layer.cross.read(memory.states) for layer in layers],
             mask=mask_bias(memory.mask, memory.states.dtype),
