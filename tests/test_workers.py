@@ -22,6 +22,7 @@ HURT = r"""
 import os, time
 from dataclasses import dataclass
 from encdec_cli.decoding.beam import Beam
+from encdec_cli.errors import DataError
 from encdec_cli.registry import strategies
 
 @strategies.register("hurt")
@@ -35,6 +36,8 @@ class Hurt(Beam):
         if self.how == "sleep":
             os.write(1, b"asleep\n")
             time.sleep(60)
+        if self.how == "tell":
+            raise DataError("line 3: not a text; write one.")
         raise ValueError("an odd thing")
 """
 INPUT = "".join(f"{number % 10} {number // 10 % 10}\n" for number in range(100))
@@ -104,6 +107,7 @@ def hurt(tmp_path, copy_run):
     [
         ("die", 6, "a worker process has ended (exit code -9), perhaps for lack of memory"),
         ("raise", 1, "in a worker process: ValueError: an odd thing"),
+        ("tell", 4, "encdec: error: line 3: not a text; write one."),
     ],
 )
 def test_a_worker_that_dies_or_fails_is_told_of(hurt, how, code, words):

@@ -35,6 +35,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_components,
 }
 """Every command by its name, in the order of the help. Their modules import light things alone."""
+SUMMARIES = {
+    "preprocess": "Read a recipe's corpus and write what training reads.",
+    "train": "Train a model from a recipe, or go on where it was stopped.",
+    "generate": "Translate, summarise or answer: lines in, lines out.",
+    "evaluate": "Score outputs against references, with intervals and tests.",
+    "export": "Write a model in another program's format.",
+    "chat": "Talk with a dialogue model.",
+    "list": "List every component, from where it is, and what is broken.",
+}
+"""What each command does, in a line that fits beside its name."""
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 # `typer` does not export the class of Click's errors, and newer versions bring a Click of their own.
@@ -56,7 +66,7 @@ def application() -> typer.Typer:
     )
     app.callback(invoke_without_command=True)(_encdec)
     for name, command in COMMANDS.items():
-        app.command(name)(command)
+        app.command(name, short_help=SUMMARIES.get(name))(command)
     return app
 
 

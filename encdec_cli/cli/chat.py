@@ -13,6 +13,7 @@ from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, Stra
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.tasks.dialogue import Dialogue
+    from encdec_cli.text.example import Example
 
 _RESET = "/new"
 
@@ -44,6 +45,8 @@ def chat(
         made_for = bundle.recipe.task.name
         raise UsageError(f"chat needs a model of the task dialogue, not of {made_for}; give another with --model.")
     options = Options(choose_strategy(bundle, strategy, beam))
+    asked: list[list[Example]] = []
+    answers = generate([bundle], iter(asked.pop, []), options)  # one search, whose models are loaded once
     turns: list[str] = []
     told = False
     for said in _turns():
@@ -61,7 +64,8 @@ def chat(
                 f"the first {len(turns) - kept} turns of this conversation no longer fit; from here on the oldest "
                 "ones are forgotten"
             )
-        result = next(generate([bundle], [[task.from_record({"turns": turns[-kept:]})]], options))
+        asked.append([task.from_record({"turns": turns[-kept:]})])
+        result = next(answers)
         if result.truncated:
             console.say("what you said is longer than the model can read; its end was left out")
         turns.append(first_text(result))

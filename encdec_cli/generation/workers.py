@@ -20,10 +20,14 @@ from queue import SimpleQueue
 import torch
 
 from encdec_cli.decoding.hypothesis import Hypothesis
-from encdec_cli.errors import ResourceError, UsageError
+from encdec_cli.errors import BundleError, DataError, EncdecError, ResourceError, UsageError
 from encdec_cli.generation.search import Job
 
 Decode = Callable[[Sequence[Job]], list[list[Hypothesis]]]
+TOLD: dict[str, type[EncdecError]] = {
+    kind.__name__: kind for kind in (UsageError, DataError, BundleError, ResourceError)
+}
+"""Errors that a worker passes on as what they are."""
 AHEAD = 2
 """Groups given to a worker at a time, so that it never waits for the next."""
 
@@ -93,7 +97,7 @@ class Workers:
                 "smaller --batch, or --workers 1."
             ) from None
         if "refused" in answer:
-            raise UsageError(answer["refused"])
+            raise TOLD[answer["kind"]](answer["refused"])
         if "error" in answer:
             raise RuntimeError(f"in a worker process: {answer['error']}")
         return [[Hypothesis(**one) for one in hypotheses] for hypotheses in answer["found"]]
@@ -125,7 +129,7 @@ def _receive(pipe: Connection, groups: SimpleQueue[bytes]) -> None:
 def _answer(decode: Decode, jobs: Sequence[Job]) -> dict[str, object]:
     try:
         return {"found": [[asdict(one) for one in hypotheses] for hypotheses in decode(jobs)]}
-    except UsageError as error:
-        return {"refused": str(error)}
+    except tuple(TOLD.values()) as error:
+        return {"refused": str(error), "kind": type(error).__name__}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
