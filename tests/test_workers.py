@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,23 @@ def test_exact_outputs_depend_on_nothing_but_the_line(bundle, lines):
             assert decoded(bundle, lines[::-1], exact=True, batch=batch, workers=workers) == expected[::-1]
             assert torch.get_num_threads() == count, "the caller's setting stays"
         assert decoded(bundle, lines[40:43], exact=True) == expected[40:43]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_thousand_lines_in_twelve_batchings_are_the_same_to_the_bit(bundle):
+    random_ = random.Random(11)
+    texts = [" ".join(random_.choice("0123456789") for _ in range(random_.randint(1, 20))) for _ in range(1000)]
+    many = [Example(text) for text in texts]
+    expected = dict(zip(texts, (candidates for _, candidates in decoded(bundle, many, exact=True)), strict=True))
+    threads = torch.get_num_threads()
+    try:
+        for batch, workers in product((1, 5, 64, 1000), (1, 2, 3)):
+            torch.set_num_threads(workers)
+            random_.shuffle(many)
+            for example, candidates in decoded(bundle, many, exact=True, batch=batch, workers=workers):
+                assert candidates == expected[example.source]
     finally:
         torch.set_num_threads(threads)
 
