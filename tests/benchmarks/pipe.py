@@ -1,7 +1,7 @@
 """A long pipe, one line in a hundred wild: `python -m tests.benchmarks.pipe --model RUN --lines 1000000`.
 
-Prints the lines that came out, the seconds of each tenth of them, and the memory of `encdec generate` and its workers at
-the end of each tenth: as many lines as went in, no tenth slower than the first, and flat memory are what is promised.
+Prints the lines that came out, the seconds of each tenth of them, and the memory of `encdec generate` and its workers
+at its end: as many lines as went in, no tenth slower than the first, and flat memory are what is promised.
 """
 
 from __future__ import annotations
