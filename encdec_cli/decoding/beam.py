@@ -12,7 +12,7 @@ from torch import Tensor
 
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.frontier import Frontier
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, rank
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Candidates, Scores
 from encdec_cli.decoding.stepper import Stepper
@@ -83,7 +83,7 @@ class Beam(Strategy):
         for hypotheses, row in zip(found, penalties, strict=True):
             both = zip(hypotheses, row, strict=False)
             scored = [replace(one, score=one.score + self.coverage_penalty * penalty) for one, penalty in both]
-            ranked.append(sorted(scored, key=lambda one: (not one.finished, -one.score)))
+            ranked.append(sorted(scored, key=rank))
         return ranked
 
     @property

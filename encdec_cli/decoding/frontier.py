@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits
+from encdec_cli.decoding.hypothesis import Hypothesis, Limits, rank
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Scores
 from encdec_cli.decoding.stepper import Stepper
@@ -157,7 +157,7 @@ class Frontier:
         """Return the hypotheses of each sentence, at most `beam`: finished ones first, then by score."""
         starts = range(0, len(self.results), self._groups)
         joined = [[one for found in self.results[i : i + self._groups] for one in found] for i in starts]
-        return [sorted(found, key=_rank) for found in joined]
+        return [sorted(found, key=rank) for found in joined]
 
     def _keep(self, rows: Tensor, scores: Tensor | None, tokens: Tensor, token_scores: Tensor, finished: bool) -> None:
         scores = token_scores.sum(1) if scores is None else scores
@@ -166,7 +166,7 @@ class Frontier:
             found = self.results[self._origin[row // self.width]]
             found.append(Hypothesis(written, score, past, finished))
             if len(found) > self.width:
-                found.sort(key=_rank)
+                found.sort(key=rank)
                 found.pop()
 
     def _rounded(self, sentences: int) -> int:
@@ -175,10 +175,6 @@ class Frontier:
         if sentences >= unit:
             return -(-sentences // unit) * unit
         return 1 << (sentences - 1).bit_length() if sentences else 0
-
-
-def _rank(hypothesis: Hypothesis) -> tuple[bool, float]:
-    return (not hypothesis.finished, -hypothesis.score)
 
 
 class Walk(Frontier):

@@ -38,6 +38,11 @@ class Hypothesis:
     """Share of source tokens that it has hardly looked at, where that was asked for after the search."""
 
 
+def rank(hypothesis: Hypothesis) -> tuple[bool, float]:
+    """Return what hypotheses of a sentence are sorted by: finished ones first, then by score."""
+    return (not hypothesis.finished, -hypothesis.score)
+
+
 @dataclass
 class Limits:
     """What bounds the outputs of each sentence: the number of tokens before EOS, and what must be among them."""

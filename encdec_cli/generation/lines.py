@@ -6,8 +6,6 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
-import torch
-
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.attention import Head
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
@@ -16,7 +14,7 @@ from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.generation.alignment import word_links
 from encdec_cli.generation.phrases import constraint_ids
 from encdec_cli.generation.rules import RuleBook
-from encdec_cli.generation.search import Job, Search
+from encdec_cli.generation.search import Job, Search, read_sources, threads
 from encdec_cli.generation.workers import Workers
 from encdec_cli.text.example import Example
 
@@ -172,13 +170,9 @@ class _Decoder:
             self._workers = self._workers or Workers(self.search, self.options.workers)
             yield from self._workers.map(groups)
             return
-        threads = torch.get_num_threads()
         for number, group in enumerate(groups):
-            torch.set_num_threads(1 if self.options.exact else threads)
-            try:
+            with threads(self.options.exact):
                 found = self.search(group)
-            finally:
-                torch.set_num_threads(threads)
             yield number, found
 
     def close(self) -> None:
@@ -204,10 +198,9 @@ def _read(bundles: Sequence[Bundle], place: int, example: Example, rules: RuleBo
     prefix = rules.prefix(example)
     if not example.source.strip():
         return _Line(place, Generated(example, []), Job([]))
-    ids = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
-    kept = [one[: bundle.longest_source] for one, bundle in zip(ids, bundles, strict=True)]
+    kept, cut = read_sources(bundles, example)
     constraints = [constraint_ids(bundles[0].target, one) for one in example.constraints]
-    result = Generated(example, [], truncated=kept != ids, source=kept[0])
+    result = Generated(example, [], truncated=cut, source=kept[0])
     return _Line(place, result, Job(kept[0], kept[1:], prefix, constraints))
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import collate
 from encdec_cli.decoding.attention import Head, align
@@ -16,6 +14,7 @@ from encdec_cli.decoding.force import score_targets
 from encdec_cli.errors import DataError
 from encdec_cli.generation.alignment import word_links
 from encdec_cli.generation.lines import check_ensemble
+from encdec_cli.generation.search import longest_output, read_sources, threads
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import EOS
 
@@ -91,27 +90,22 @@ def score(
         pairs = [_read(bundles, number, example, longest) for number, example in enumerate(window, start=read + 1)]
         read += len(pairs)
         for group in _groups(pairs, 1 if exact else batch):
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1 if exact else threads)
-            try:
+            with threads(exact):
                 _score(bundles, group, head, ensemble)
-            finally:
-                torch.set_num_threads(threads)
         yield from (pair.result for pair in pairs)
 
 
 def _read(bundles: Sequence[Bundle], number: int, example: Example, longest: int | None) -> _Pair:
     first = bundles[0]
-    sources = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
+    sources, cut = read_sources(bundles, example)
     target = first.target.encode(first.task.target(example))[:longest]
-    most = min((m.model.max_positions - 1 for m in bundles if m.model.max_positions is not None), default=None)
+    most = longest_output(bundles)
     if most is not None and len(target) > most:
         raise DataError(
             f"line {number}: a target of {len(target):,} tokens, and the model reads at most {most:,}; shorten it."
         )
     pieces = [first.target.vocabulary.token(token) for token in (*target, EOS)]
-    kept = [source[: bundle.longest_source] for source, bundle in zip(sources, bundles, strict=True)]
-    return _Pair(kept, target, Scored(example, pieces, [], truncated=kept != sources))
+    return _Pair(sources, target, Scored(example, pieces, [], truncated=cut))
 
 
 def _groups(pairs: list[_Pair], batch: int) -> Iterator[list[_Pair]]:

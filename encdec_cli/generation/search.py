@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from encdec_cli.decoding.speculative import Draft, DraftedStepper, Speculative
 from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
 from encdec_cli.errors import BundleError
 from encdec_cli.generation.rules import RuleBook
+from encdec_cli.text.example import Example
 
 
 @dataclass
@@ -33,6 +35,31 @@ class Job:
     """Ids that the output begins with."""
     constraints: list[list[list[int]]] = field(default_factory=list)
     """What the output must hold: for each constraint its alternatives, each as ids."""
+
+
+def read_sources(bundles: Sequence[Bundle], example: Example) -> tuple[list[list[int]], bool]:
+    """Return the source's ids as each model reads them, without EOS, and whether any was cut."""
+    whole = [bundle.source.encode(bundle.task.source(example)) for bundle in bundles]
+    kept = [ids[: bundle.longest_source] for ids, bundle in zip(whole, bundles, strict=True)]
+    return kept, kept != whole
+
+
+def longest_output(bundles: Sequence[Bundle]) -> int | None:
+    """Return the most tokens before EOS that all models can write; None if there is no limit."""
+    positions = [bundle.model.max_positions for bundle in bundles]
+    limits = [most - 1 for most in positions if most is not None]
+    return min(limits, default=None)  # BOS has a position too
+
+
+@contextmanager
+def threads(exact: bool) -> Iterator[None]:
+    """Compute on one thread where no bit may depend on their number; that of before comes back."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if exact else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Search:
@@ -63,8 +90,7 @@ class Search:
         self.ensemble = ensemble
         self.head = head
         self.coverage = coverage
-        limits = [model.max_positions - 1 for model in self.models if model.max_positions is not None]
-        self._most = min(limits, default=None)  # BOS has a position too
+        self._most = longest_output(bundles)
         self.rules = RuleBook(strategy, bundles[0], self._most)
         self.draft: Bundle | None = None
         """What proposes tokens, if the strategy asks for a draft."""

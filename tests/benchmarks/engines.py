@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.cli.models import load_bundles
+from encdec_cli.data.batch import collate
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import length_of
 from encdec_cli.generation.lines import Options, generate
-from encdec_cli.models.quantised import quantise
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
-from encdec_cli.training.precision import choose
 
 from .plain import Cached, PlainTransformer, beam_search
 from .speed import plain_weights
@@ -33,19 +34,28 @@ Run = Callable[[Sequence[str]], tuple[list[str], int]]
 """From lines to outputs and the number of their tokens, EOS left aside."""
 
 
-def sorted_batches(sources: list[list[int]], batch: int) -> list[list[int]]:
-    """Return the numbers of the lines in batches of like length, the longest first."""
-    order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
-    return [order[start : start + batch] for start in range(0, len(order), batch)]
+def by_batches(bundle: Bundle, batch: int, search: Callable[[Tensor], list[list[int]]]) -> Run:
+    """Return what decodes lines in batches of like length, the longest first. search: from padded ids to outputs."""
+
+    @torch.inference_mode()
+    def run(lines: Sequence[str]) -> tuple[list[str], int]:
+        sources = [bundle.source.encode(line) for line in lines]
+        order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+        outputs, tokens = [""] * len(lines), 0
+        for start in range(0, len(order), batch):
+            numbers = order[start : start + batch]
+            ids = collate([sources[number] for number in numbers], None, numbers).source
+            for number, written in zip(numbers, search(ids), strict=True):
+                outputs[number], tokens = bundle.target.decode(written), tokens + len(written)
+        return outputs, tokens
+
+    return run
 
 
 def ours(options: argparse.Namespace) -> Run:
     """Return `encdec generate`."""
+    (bundle,) = load_bundles([options.model], "cpu", [], options.precision)
     torch.set_num_threads(options.cores)
-    quantised = options.precision == "int8"
-    bundle = Bundle.load(options.model, "cpu", choose("auto" if quantised else options.precision, "cpu").dtype)
-    if quantised:
-        quantise(bundle.model)
     strategy = Beam(beam=options.beam, length_penalty=LENGTH_PENALTY)
     settings = Options(strategy, batch=options.batch, workers=options.cores)
 
@@ -107,21 +117,11 @@ def huggingface_engine(options: argparse.Namespace) -> Run:
         decoder_start_token_id=BOS,
     )
 
-    @torch.inference_mode()
-    def run(lines: Sequence[str]) -> tuple[list[str], int]:
-        sources = [bundle.source.encode(line) for line in lines]
-        outputs, tokens = [""] * len(lines), 0
-        for numbers in sorted_batches(sources, options.batch):
-            width = max(len(sources[number]) for number in numbers) + 1
-            rows = [[*sources[n], EOS] + [PAD] * (width - 1 - len(sources[n])) for n in numbers]
-            ids = torch.tensor(rows)
-            found = model.generate(input_ids=ids, attention_mask=(ids != PAD).long(), generation_config=settings)
-            for number, row in zip(numbers, found.tolist(), strict=True):
-                written = [id for id in row if id not in (PAD, BOS, EOS)]
-                outputs[number], tokens = bundle.target.decode(written), tokens + len(written)
-        return outputs, tokens
+    def search(ids: Tensor) -> list[list[int]]:
+        found = model.generate(input_ids=ids, attention_mask=(ids != PAD).long(), generation_config=settings)
+        return [[id for id in row if id not in (PAD, BOS, EOS)] for row in found.tolist()]
 
-    return run
+    return by_batches(bundle, options.batch, search)
 
 
 def plain_engine(options: argparse.Namespace) -> Run:
@@ -134,20 +134,11 @@ def plain_engine(options: argparse.Namespace) -> Run:
     model.load_state_dict(model.state_dict() | plain_weights(bundle.model.state_dict()))
     model.eval()
 
-    @torch.inference_mode()
-    def run(lines: Sequence[str]) -> tuple[list[str], int]:
-        sources = [bundle.source.encode(line) for line in lines]
-        outputs, tokens = [""] * len(lines), 0
-        for numbers in sorted_batches(sources, options.batch):
-            width = max(len(sources[number]) for number in numbers) + 1
-            ids = torch.tensor([[*sources[n], EOS] + [PAD] * (width - 1 - len(sources[n])) for n in numbers])
-            maximum = [length_of("2x+20", len(sources[number])) for number in numbers]
-            found = beam_search(Cached(model, ids, options.beam), len(numbers), options.beam, maximum)
-            for number, written in zip(numbers, found, strict=True):
-                outputs[number], tokens = bundle.target.decode(written), tokens + len(written)
-        return outputs, tokens
+    def search(ids: Tensor) -> list[list[int]]:
+        maximum = [length_of("2x+20", length - 1) for length in (ids != PAD).sum(1).tolist()]
+        return beam_search(Cached(model, ids, options.beam), len(ids), options.beam, maximum)
 
-    return run
+    return by_batches(bundle, options.batch, search)
 
 
 ENGINES = {"ours": ours, "ctranslate2": ctranslate2_engine, "huggingface": huggingface_engine, "plain": plain_engine}
