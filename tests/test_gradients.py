@@ -10,6 +10,7 @@ from encdec_cli.data.batch import Batch, collate
 from encdec_cli.models.model import Model
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.objective import CrossEntropy
 
 VOCAB = 30
 
@@ -40,7 +41,7 @@ def computed(model: nn.Module, threads: int, most: int, number: int = 5, seed: i
     """The workers that were used; loss and gradients of each micro-batch."""
     torch.set_num_threads(threads)
     parameters = list(model.parameters())
-    gradients = Gradients(model, parameters, 0.1, most)
+    gradients = Gradients(model, parameters, CrossEntropy(0.1), most)
     results = list(gradients.of(batches(number), 0.01, seed))
     gradients.close()
     assert torch.get_num_threads() == threads
@@ -72,7 +73,7 @@ def test_dropout_follows_the_seed_and_differs_between_micro_batches():
     torch.set_num_threads(1)
     twin = batches(1) * 2
     network = model()
-    pair = list(Gradients(network, list(network.parameters()), 0.1, 1).of(twin, 0.01, 3))
+    pair = list(Gradients(network, list(network.parameters()), CrossEntropy(0.1), 1).of(twin, 0.01, 3))
     assert pair[0][0] != pair[1][0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
-from encdec_cli.training.loss import real_rows, token_loss
+from encdec_cli.training.objective import Objective
 
 Gradient = tuple[float, tuple[Tensor | None, ...]]
 """The summed loss of a micro-batch in nats, and a gradient for each parameter, None where it is not used."""
@@ -32,14 +32,14 @@ class Gradients:
     Args:
         model: in any mode; it is put into training mode.
         parameters: those that learn.
-        smoothing: label smoothing.
+        objective: what is differentiated.
         most: micro-batches of an update.
     """
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], smoothing: float, most: int) -> None:
+    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> None:
         self.model = model
         self.parameters = parameters
-        self.smoothing = smoothing
+        self.objective = objective
         self.threads = torch.get_num_threads()
         together = model.side_by_side and parameters[0].device.type == "cpu"
         self.workers = min(most, self.threads) if together else 1
@@ -72,11 +72,8 @@ class Gradients:
                 yield done.pop(0)
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
-        target = batch.known_target
         with drawing(seed):
-            hidden = self.model(batch.source, batch.source_mask, target[:, :-1])
-            rows, labels = real_rows(hidden, target[:, 1:])
-            loss, _ = token_loss(rows, self.model.project, labels, self.smoothing, self.parameters, weight=weight)
+            loss = self.objective(self.model, batch, self.parameters, weight)
         gradients: Any = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         return float(loss.detach()) / weight, gradients
 

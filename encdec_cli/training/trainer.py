@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,26 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.bundle import Bundle, average, build_model
-from encdec_cli.bundle.checkpoint import Checkpoint, Progress, step_name
-from encdec_cli.bundle.run import point, recover
+from encdec_cli.bundle.bundle import Bundle, build_model
+from encdec_cli.bundle.checkpoint import Checkpoint, Progress
+from encdec_cli.bundle.run import recover
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
-from encdec_cli.errors import BundleError, NonFiniteError, UsageError
+from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
+from encdec_cli.training.clock import Clock
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
+from encdec_cli.training.keeper import Keeper
 from encdec_cli.training.log import Log
+from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
-from encdec_cli.training.validation import Validation, finite
+from encdec_cli.training.validation import Validation
 
 Show = Callable[[int, float, int, "float | None"], None]
 """Is told of each update: its number, loss per target token, target tokens, and the best validation score."""
@@ -52,21 +53,6 @@ class Setting:
     """Is given sentences for the user."""
     plugins: Sequence[Plugin] = ()
     init_from: Bundle | None = None
-
-
-class Clock:
-    """What a line of the log tells of time: it differs in every repetition of a run."""
-
-    def __init__(self) -> None:
-        self._start = self._last = time.perf_counter()
-        self._tokens: int | None = None
-
-    def fields(self, tokens: int) -> dict[str, Any]:
-        """Return seconds since the process began to train, and target tokens a second since the last call."""
-        now = time.perf_counter()
-        speed = (tokens - self._tokens) / (now - self._last) if self._tokens is not None else None
-        self._last, self._tokens = now, tokens
-        return {"seconds": round(now - self._start, 1), "tokens_per_second": round(speed, 1) if speed else None}
 
 
 class Trainer:
@@ -92,14 +78,17 @@ class Trainer:
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        self.gradients = Gradients(model, self.optimizer.parameters, self.train.label_smoothing, self.train.accumulate)
+        objective = make_objective(self.train)
+        self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
-        self.bundles = setting.run / "bundles"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
         self.clock = Clock()
+        known = {"length_ratios": usual_ratios(*lengths)}
+        told = setting.stop, setting.say, self._write_log
+        self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
         self._resume()
 
     def run(self, show: Show) -> None:
@@ -213,55 +202,7 @@ class Trainer:
         progress.loss, progress.loss_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        """Decode and score the validation set; keep the bundle if it is the best or wanted for averaging."""
-        progress = self.progress
-        scores = self.validation.run(self.bundle, self.setting.stop)
-        if scores is None:  # interrupted: done again when the run goes on
-            return
-        self._unsaved = True
-        progress.validated = progress.step
-        score = self.validation.score(scores)
-        self._write_log("valid", scores)
-        better = self._is_better(score)
-        progress.stale = 0 if better else progress.stale + 1
-        if better:
-            progress.best, progress.model = score, step_name(progress.step)
-        if self.train.average > 1:
-            progress.kept = [*progress.kept, progress.step][-self.train.average :]
-        if better or progress.step in progress.kept:
-            self._keep_bundle(scores)
-        mark = " (best)" if better else ""
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        self.setting.say(f"update {progress.step}: {listed}{mark}")
-
-    def _is_better(self, score: float) -> bool:
-        best = self.progress.best
-        if best is None or not math.isfinite(score):
-            return math.isfinite(score)
-        return score > best if self.validation.higher_is_better else score < best
-
-    def _keep_bundle(self, scores: dict[str, float]) -> None:
-        self.bundle.facts = self._model_facts(scores, [])
-        self.bundle.save_weights(self.bundles / step_name(self.progress.step), self._weights())
-
-    def _model_facts(self, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
-        facts = {"step": self.progress.step, "scores": finite(scores), "averaged": averaged}
-        return facts | {"length_ratios": usual_ratios(self.store.source_lengths, self.store.target_lengths)}
-
-    def _publish(self) -> None:
-        """Let `bundle` name the best model; then delete old checkpoints, and models that no checkpoint refers to.
-
-        Called after a checkpoint is committed: the link never names a bundle that going on would write again.
-        """
-        link = self.run_folder / "bundle"
-        if self.progress.model:
-            point(link, self.bundles / self.progress.model)
-        checkpoint.drop(self.checkpoints, self.train.keep)
-        if self.bundles.is_dir():
-            wanted = {*checkpoint.models(self.checkpoints), link.resolve().name}
-            for old in self.bundles.iterdir():
-                if old.name not in wanted:
-                    atomic.remove_folder(old)
+        self._unsaved |= self.keeper.judge(self.bundle, self.progress, self._weights)
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights at full precision: those of the optimizer, and buffers as the model has them."""
@@ -272,57 +213,12 @@ class Trainer:
         return state | self.optimizer.masters()
 
     def _finish(self) -> None:
-        """Try the average of the kept bundles; it becomes the run's model if it scores better."""
-        progress = self.progress
-        if len(progress.kept) > 1:
-            self._try_average()
-        if self.setting.stop:
-            return
-        if not progress.model:  # never judged, or never a number: the last model is the one
-            self._keep_bundle({})
-            progress.model = step_name(progress.step)
-        self._unsaved = progress.finished = True
+        if self.keeper.finish(self.bundle, self.progress, self._weights):
+            self._unsaved = self.progress.finished = True
 
-    def _try_average(self) -> None:
-        progress = self.progress
-        weights = average([self.bundles / step_name(step) for step in progress.kept])
-        candidate = Bundle.load(self.bundles / step_name(progress.kept[-1]), self.setting.device)
-        candidate.model.load_state_dict(weights)
-        candidate.plugins = self.setting.plugins
-        scores = self.validation.run(candidate, self.setting.stop)
-        if scores is None:
-            return
-        self._write_log("average", {"of": progress.kept, **scores})
-        score = self.validation.score(scores)
-        better = self._is_better(score)
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
-        verdict = "best" if better else "not better, left out"
-        self.setting.say(f"average of {len(progress.kept)} checkpoints: {listed} ({verdict})")
-        if better:
-            candidate.facts = self._model_facts(scores, progress.kept)
-            progress.best, progress.model = score, f"average_{progress.step:08d}"
-            candidate.save_weights(self.bundles / progress.model, weights)
-
-    def _write_log(self, event: str, fields: dict[str, Any]) -> None:
+    def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
         self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
         self.progress.log_lines += 1
-
-    def _check_bundles(self) -> None:
-        """Forget models of the checkpoint that are damaged or gone; without the best one, judge anew."""
-        progress = self.progress
-        names = [name for name in {progress.model, *map(step_name, progress.kept)} if name]
-        lost = {name for name in names if not self._is_whole(self.bundles / name)}
-        progress.kept = [step for step in progress.kept if step_name(step) not in lost]
-        if progress.model in lost:
-            progress.best, progress.model, progress.validated, progress.finished = None, "", -1, False
-
-    def _is_whole(self, bundle: Path) -> bool:
-        try:
-            atomic.verify(bundle)
-        except BundleError as error:
-            self.setting.say(f"a model of this run is lost and will be replaced: {error}")
-            return False
-        return True
 
     def _save(self) -> None:
         state = self.optimizer.state() | {
@@ -331,10 +227,10 @@ class Trainer:
         self.log.sync()
         checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
         self._unsaved = False
-        self._publish()
+        self.keeper.publish(self.progress)
 
     def _resume(self) -> None:
-        for folder in (self.checkpoints, self.bundles):
+        for folder in (self.checkpoints, self.keeper.folder):
             checkpoint.recover(folder)
         recover(self.run_folder)
         say = self.setting.say
@@ -346,8 +242,8 @@ class Trainer:
         self.log.keep(found.progress.log_lines)
         self.progress = found.progress
         self.progress.finished = found.progress.finished and self._is_over()
-        self._check_bundles()
-        self._publish()
+        self.keeper.forget_lost(self.progress)
+        self.keeper.publish(self.progress)
         buffers = {n.removeprefix("buffer."): t for n, t in found.tensors.items() if n.startswith("buffer.")}
         self.model.load_state_dict(buffers, strict=False)
         self.optimizer.load({n: t for n, t in found.tensors.items() if not n.startswith("buffer.")})

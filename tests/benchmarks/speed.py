@@ -29,6 +29,7 @@ from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import choose
 
@@ -146,7 +147,7 @@ def our_training(
     optimizer = Optimizer([(Adam(decoupled=False), model.named_parameters())])
     choose(precision, "cpu").apply(model)
     updates = [micro_batches(*pair, accumulate) for pair in batches]
-    gradients = Gradients(model, optimizer.parameters, 0.1, accumulate)
+    gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)
 
     def run() -> int:
         for parts in updates:

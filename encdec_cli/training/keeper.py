@@ -1,0 +1,159 @@
+"""The models of a run: each is judged, the best one is kept and published, an average is tried in the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from encdec_cli import atomic
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.bundle import Bundle, average
+from encdec_cli.bundle.checkpoint import Progress, step_name
+from encdec_cli.bundle.run import point
+from encdec_cli.errors import BundleError
+from encdec_cli.recipe import Train
+from encdec_cli.training.signals import Stop
+from encdec_cli.training.validation import Validation, finite
+
+WriteLog = Callable[[str, Mapping[str, Any]], None]
+"""Is given an event and its fields."""
+
+
+class Keeper:
+    """Judges and keeps the models of one run; what it decides stands in `Progress`, what it keeps below `bundles/`.
+
+    Args:
+        run: the run's folder.
+        train: the recipe's section.
+        validation: the judge.
+        facts: what every bundle tells of the data.
+        stop: interrupts a validation, which is then done again when the run goes on.
+        say: is given sentences for the user.
+        log: is given an event of the log and its fields.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        train: Train,
+        validation: Validation,
+        facts: Mapping[str, Any],
+        stop: Stop,
+        say: Callable[[str], None],
+        log: WriteLog,
+    ) -> None:
+        self.link = run / "bundle"
+        self.folder = run / "bundles"
+        self.checkpoints = run / "checkpoints"
+        self.train = train
+        self.validation = validation
+        self.facts = facts
+        self.stop = stop
+        self.say = say
+        self.log = log
+
+    def judge(self, bundle: Bundle, progress: Progress, weights: Callable[[], dict[str, Tensor]]) -> bool:
+        """Decode and score the validation set; keep the bundle if it is the best or wanted for averaging.
+
+        weights: returns the full-precision weights, if they are to be kept. Returns False, and has changed nothing, if
+        a signal came before the end.
+        """
+        scores = self.validation.run(bundle, self.stop)
+        if scores is None:
+            return False
+        progress.validated = progress.step
+        score = self.validation.score(scores)
+        self.log("valid", scores)
+        better = self._is_better(score, progress)
+        progress.stale = 0 if better else progress.stale + 1
+        if better:
+            progress.best, progress.model = score, step_name(progress.step)
+        if self.train.average > 1:
+            progress.kept = [*progress.kept, progress.step][-self.train.average :]
+        if better or progress.step in progress.kept:
+            self._keep(bundle, progress.step, scores, weights())
+        mark = " (best)" if better else ""
+        self.say(f"update {progress.step}: {_listed(scores)}{mark}")
+        return True
+
+    def finish(self, bundle: Bundle, progress: Progress, weights: Callable[[], dict[str, Tensor]]) -> bool:
+        """Try the average of the kept bundles; it becomes the run's model if it scores better.
+
+        Returns False if a signal came before the end.
+        """
+        if len(progress.kept) > 1:
+            self._try_average(bundle, progress)
+        if self.stop:
+            return False
+        if not progress.model:  # never judged, or never a number: the last model is the one
+            self._keep(bundle, progress.step, {}, weights())
+            progress.model = step_name(progress.step)
+        return True
+
+    def publish(self, progress: Progress) -> None:
+        """Let `bundle` name the best model; then delete old checkpoints, and models that no checkpoint refers to.
+
+        Called after a checkpoint is committed: the link never names a bundle that going on would write again.
+        """
+        if progress.model:
+            point(self.link, self.folder / progress.model)
+        checkpoint.drop(self.checkpoints, self.train.keep)
+        if self.folder.is_dir():
+            wanted = {*checkpoint.models(self.checkpoints), self.link.resolve().name}
+            for old in self.folder.iterdir():
+                if old.name not in wanted:
+                    atomic.remove_folder(old)
+
+    def forget_lost(self, progress: Progress) -> None:
+        """Forget models of the checkpoint that are damaged or gone; without the best one, judge anew."""
+        names = [name for name in {progress.model, *map(step_name, progress.kept)} if name]
+        lost = {name for name in names if not self._is_whole(self.folder / name)}
+        progress.kept = [step for step in progress.kept if step_name(step) not in lost]
+        if progress.model in lost:
+            progress.best, progress.model, progress.validated, progress.finished = None, "", -1, False
+
+    def _is_better(self, score: float, progress: Progress) -> bool:
+        if progress.best is None or not math.isfinite(score):
+            return math.isfinite(score)
+        return score > progress.best if self.validation.higher_is_better else score < progress.best
+
+    def _keep(self, bundle: Bundle, step: int, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
+        bundle.facts = self._facts(step, scores, [])
+        bundle.save_weights(self.folder / step_name(step), weights)
+
+    def _facts(self, step: int, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
+        return {"step": step, "scores": finite(scores), "averaged": averaged, **self.facts}
+
+    def _try_average(self, bundle: Bundle, progress: Progress) -> None:
+        weights = average([self.folder / step_name(step) for step in progress.kept])
+        candidate = Bundle.load(self.folder / step_name(progress.kept[-1]), self.validation.device)
+        candidate.model.load_state_dict(weights)
+        candidate.plugins = bundle.plugins
+        scores = self.validation.run(candidate, self.stop)
+        if scores is None:
+            return
+        self.log("average", {"of": progress.kept, **scores})
+        score = self.validation.score(scores)
+        better = self._is_better(score, progress)
+        verdict = "best" if better else "not better, left out"
+        self.say(f"average of {len(progress.kept)} checkpoints: {_listed(scores)} ({verdict})")
+        if better:
+            candidate.facts = self._facts(progress.step, scores, progress.kept)
+            progress.best, progress.model = score, f"average_{progress.step:08d}"
+            candidate.save_weights(self.folder / progress.model, weights)
+
+    def _is_whole(self, bundle: Path) -> bool:
+        try:
+            atomic.verify(bundle)
+        except BundleError as error:
+            self.say(f"a model of this run is lost and will be replaced: {error}")
+            return False
+        return True
+
+
+def _listed(scores: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
