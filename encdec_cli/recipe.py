@@ -52,12 +52,13 @@ class Train:
     """Most padded tokens of the longer side in one micro-batch."""
     accumulate: int = 1
     """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
-    optimizer: Literal["adam", "adamw", "muon"] = "adamw"
-    """The optimizer; adamw decays weights apart from the gradient, muon is adamw with Muon for inner matrices."""
+    optimizer: Literal["adam", "adamw", "muon", "adafactor"] = "adamw"
+    """The optimizer; adamw decays weights apart from the gradient, muon is adamw with Muon for inner matrices,
+    adafactor keeps next to nothing in memory."""
     rate: float = 1e-3
     """The highest learning rate, reached at the end of the warmup."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """The optimizer's decay rates of the gradient's mean and of its square."""
+    """Adam's decay rates of the gradient's mean and of its square."""
     weight_decay: float = 0.01
     """How strongly weights are pulled to zero."""
     warmup: int = 400
@@ -82,8 +83,15 @@ class Train:
     """The metric on decoded validation lines that chooses the best model, with options as `--metric` takes them."""
     patience: int = 0
     """Validations without a better score after which training stops; 0 never stops early."""
+    ema: float = 0.0
+    """Share of a moving average of the weights that stays at an update, such as 0.999; the average is what is validated
+    and kept as the model; 0 keeps none."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of the names of parameters that do not learn, such as `encoder.*`."""
     average: int = 0
-    """Number of the last validated checkpoints whose weights are averaged at the end; 0 averages none."""
+    """Number of validated checkpoints whose weights are averaged at the end; 0 averages none."""
+    average_of: Literal["last", "best"] = "last"
+    """Which validated checkpoints are averaged: the last ones, or those with the best scores."""
     log_every: int = 50
     """Updates between two lines of the log."""
     seed: int = 1
@@ -101,8 +109,28 @@ class Train:
             raise ValueError(f"rate ({self.rate}) must be above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas ({self.betas}) must be two numbers, each at least 0 and below 1")
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"label_smoothing ({self.label_smoothing}) must be at least 0 and below 1")
+        for key, share in (("label_smoothing", self.label_smoothing), ("ema", self.ema)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{key} ({share}) must be at least 0 and below 1")
+
+
+@dataclass
+class Lora:
+    """Low-rank adaptation (https://arxiv.org/abs/2106.09685) of the model of --init-from."""
+
+    rank: int = 0
+    """Rank of the change that each linear layer learns while its own weights stay; 0 trains all weights themselves."""
+    alpha: float = 16.0
+    """The change counts alpha / rank times."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Patterns of the names of the linear layers that learn a change, such as `decoder.*.cross.*`."""
+    whole: list[str] = field(default_factory=list)
+    """Patterns of the names of parameters that learn all of their weights beside it, such as `*embedding*`."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, rank=self.rank)
+        if self.alpha <= 0:
+            raise ValueError(f"alpha ({self.alpha}) must be above 0")
 
 
 def _at_least(least: int, **values: float) -> None:
@@ -127,13 +155,15 @@ class Recipe:
     """The encoder and the decoder."""
     train: Train = field(default_factory=Train)
     """How the model learns, and how often its progress is judged and saved."""
+    lora: Lora = field(default_factory=Lora)
+    """Low-rank adaptation: a change of the model of --init-from that is small to learn."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
     """The plugin files that were run for this recipe."""
 
 
-SECTIONS = ("plugins", "task", "data", "text", "model", "train", "decoding")
+SECTIONS = ("plugins", "task", "data", "text", "model", "train", "lora", "decoding")
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
 DATA_SECTIONS = ("task", "data", "text")

@@ -192,7 +192,56 @@ def test_frozen_parameters_stay_and_unused_ones_do_no_harm() -> None:
     optimizer.step(0.01)
     assert torch.equal(model.get_parameter("0.weight"), frozen)
     assert torch.equal(model.get_parameter("3.bias").detach(), unused)
-    assert "master.0.weight" not in optimizer.state()
+    assert {name for name in optimizer.state() if name.endswith("0.weight")} == {"master.0.weight"}
+
+
+def test_frozen_parameters_keep_their_full_precision() -> None:
+    model = network()
+    frozen = model.get_parameter("0.weight").requires_grad_(False).clone()
+    optimizer = made(model, dtype="bf16")
+    other = network()
+    other.get_parameter("0.weight").requires_grad_(False).zero_()
+    resumed = made(other, dtype="bf16")
+    resumed.load(optimizer.state())
+    for each, network_ in ((optimizer, model), (resumed, other)):
+        assert torch.equal(each.masters()["0.weight"], frozen)
+        assert torch.equal(network_.get_parameter("0.weight"), frozen.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_moving_average_by_its_definition_and_where_it_is_used(dtype: str) -> None:
+    model = network()
+    optimizer = Optimizer([(DECAY, model.named_parameters())], ema=0.8)
+    choose(dtype, "cpu").apply(model)
+    seen: list[dict[str, torch.Tensor]] = []
+    for seed in range(1, 12):
+        update(model, optimizer, seed)
+        seen.append({name: master.clone() for name, master in optimizer.masters().items()})
+        shares = [0.8 ** (len(seen) - number) for number in range(1, len(seen) + 1)]
+        for name, average in optimizer.averages().items():
+            expected = sum(share * old[name].double() for share, old in zip(shares, seen, strict=True)) / sum(shares)
+            torch.testing.assert_close(average, expected.float(), rtol=1e-5, atol=1e-6)
+    with optimizer.averages_in_use():
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, optimizer.averages()[name].to(parameter.dtype))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, seen[-1][name].to(parameter.dtype))
+    update(model, optimizer, 12)  # the parameters of fp32 are the masters again
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, optimizer.masters()[name].to(parameter.dtype))
+
+
+def test_the_moving_average_goes_on_with_the_same_bytes() -> None:
+    unbroken, resumed = network(), network()
+    optimizer = Optimizer([(DECAY, unbroken.named_parameters())], ema=0.9)
+    other = Optimizer([(DECAY, resumed.named_parameters())], ema=0.9)
+    for seed in range(5):
+        update(unbroken, optimizer, seed)
+    other.load({name: tensor.clone() for name, tensor in optimizer.state().items()})
+    for each, model in ((optimizer, unbroken), (other, resumed)):
+        update(model, each, 5)
+    assert optimizer.averages().keys() == optimizer.masters().keys()
+    assert all(torch.equal(average, other.averages()[name]) for name, average in optimizer.averages().items())
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,6 @@ def test_init_from_starts_with_given_weights(forks, finished, tmp_path):
     [
         (["model.d_model=16"], ["shape", "model expects"]),
         (["model.encoder_layers=2"], ["lacks", "encoder"]),
-        (["text.vocabulary=9"], ["source vocabulary", "text sections"]),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(forks, finished, tmp_path, changes, words):

@@ -147,13 +147,9 @@ def changed_plugins(path: Path, loaded: Sequence[Plugin]) -> list[str]:
     ]
 
 
-def average(bundles: Sequence[Path]) -> dict[str, Tensor]:
-    """Return the mean of the weights of several bundles of one model."""
-    total: dict[str, Tensor] = {}
-    for folder in bundles:
-        for name, value in tensors.read_tensors(folder / _WEIGHTS).items():
-            total[name] = total[name] + value.double() if name in total else value.double()
-    return {name: (value / len(bundles)).float() for name, value in total.items()}
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return the facts of a bundle, or of a run's; no file is checked. Raises BundleError if they cannot be read."""
+    return dict(_description(find_bundle(path))["facts"])
 
 
 def _description(folder: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import typer
 
 from encdec_cli import __version__
 from encdec_cli.cli import console
+from encdec_cli.cli.average import average
 from encdec_cli.cli.chat import chat
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "train": train,
     "generate": generate,
     "evaluate": evaluate,
+    "average": average,
     "export": export,
     "chat": chat,
     "list": list_components,
@@ -40,6 +42,7 @@ SUMMARIES = {
     "train": "Train a model from a recipe, or go on where it was stopped.",
     "generate": "Translate, summarise or answer: lines in, lines out.",
     "evaluate": "Score outputs against references, with intervals and tests.",
+    "average": "Write a model that is the mean of several.",
     "export": "Write a model in another program's format.",
     "chat": "Talk with a dialogue model.",
     "list": "List every component, from where it is, and what is broken.",

@@ -86,8 +86,9 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
 
 
 def _dry_run(trainer: Trainer) -> str:
-    parameters, batches = trainer.try_largest()
+    parameters, learning, batches = trainer.try_largest()
+    some = f", of which {learning:,} learn," if learning < parameters else ""
     return (
-        f"dry run: the recipe is good; {parameters:,} parameters in {trainer.precision}, {batches:,} micro-batches an "
-        "epoch; the largest one and a validation batch fit; nothing was trained"
+        f"dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
+        "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
+from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
@@ -21,8 +21,6 @@ class Adam:
     classes of `torch.optim` import the compiler, which takes more than a second.
     """
 
-    moments: ClassVar[Sequence[str]] = ("moment1", "moment2")
-
     decoupled: bool = True
     """Whether the decay acts on the weights apart from the gradient, as in AdamW."""
     betas: tuple[float, float] = (0.9, 0.98)
@@ -31,6 +29,10 @@ class Adam:
     """Added to the denominator."""
     weight_decay: float = 0.0
     """Applies to tensors of two dimensions or more; biases and the gains of norms are never decayed."""
+
+    def moments(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the averages of the gradient and of its square."""
+        return {"moment1": torch.zeros_like(master), "moment2": torch.zeros_like(master)}
 
     def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
         """Change the masters; see `Rule`."""

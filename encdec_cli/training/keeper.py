@@ -11,7 +11,8 @@ from torch import Tensor
 
 from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.bundle import Bundle, average
+from encdec_cli.bundle.average import average
+from encdec_cli.bundle.bundle import Bundle, read_facts
 from encdec_cli.bundle.checkpoint import Progress, step_name
 from encdec_cli.bundle.run import point
 from encdec_cli.errors import BundleError
@@ -73,7 +74,7 @@ class Keeper:
         if better:
             progress.best, progress.model = score, step_name(progress.step)
         if self.train.average > 1:
-            progress.kept = [*progress.kept, progress.step][-self.train.average :]
+            progress.kept = self._kept(progress, score)
         if better or progress.step in progress.kept:
             self._keep(bundle, progress.step, scores, weights())
         mark = " (best)" if better else ""
@@ -121,6 +122,20 @@ class Keeper:
             return math.isfinite(score)
         return score > progress.best if self.validation.higher_is_better else score < progress.best
 
+    def _kept(self, progress: Progress, score: float) -> list[int]:
+        """Return which updates are kept for averaging, oldest first, after this one has its score."""
+        steps = [*progress.kept, progress.step]
+        if self.train.average_of == "best":
+            scores = {step: self._score_of(step) for step in progress.kept} | {progress.step: score}
+            sign = 1 if self.validation.higher_is_better else -1
+            finite_ = [step for step in steps if math.isfinite(scores[step])]
+            steps = sorted(finite_, key=lambda step: (sign * scores[step], step))
+        return sorted(steps[-self.train.average :])
+
+    def _score_of(self, step: int) -> float:
+        score = read_facts(self.folder / step_name(step))["scores"].get(self.validation.metric.names[0])
+        return math.nan if score is None else float(score)
+
     def _keep(self, bundle: Bundle, step: int, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
         bundle.facts = self._facts(step, scores, [])
         bundle.save_weights(self.folder / step_name(step), weights)
@@ -129,9 +144,8 @@ class Keeper:
         return {"step": step, "scores": finite(scores), "averaged": averaged, **self.facts}
 
     def _try_average(self, bundle: Bundle, progress: Progress) -> None:
-        weights = average([self.folder / step_name(step) for step in progress.kept])
-        candidate = Bundle.load(self.folder / step_name(progress.kept[-1]), self.validation.device)
-        candidate.model.load_state_dict(weights)
+        kept = [self.folder / step_name(step) for step in progress.kept]
+        candidate = average(kept, self.validation.device)
         candidate.plugins = bundle.plugins
         scores = self.validation.run(candidate, self.stop)
         if scores is None:
@@ -144,7 +158,7 @@ class Keeper:
         if better:
             candidate.facts = self._facts(progress.step, scores, progress.kept)
             progress.best, progress.model = score, f"average_{progress.step:08d}"
-            candidate.save_weights(self.folder / progress.model, weights)
+            candidate.save_weights(self.folder / progress.model, candidate.model.state_dict())
 
     def _is_whole(self, bundle: Path) -> bool:
         try:

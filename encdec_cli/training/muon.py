@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +25,16 @@ class Muon:
     equation 4), so one rate serves both.
     """
 
-    moments: ClassVar[Sequence[str]] = ("momentum",)
-
     decay: float = 0.95
     """Of the average of the gradient."""
     weight_decay: float = 0.0
     """How strongly weights are pulled to zero, apart from the gradient."""
     dtype: torch.dtype = torch.float32
     """Of the products; bf16 is enough."""
+
+    def moments(self, master: Tensor) -> dict[str, Tensor]:
+        """Return the average of the gradient."""
+        return {"momentum": torch.zeros_like(master)}
 
     def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
         """Change the masters; see `Rule`."""

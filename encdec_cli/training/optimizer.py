@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,19 +22,22 @@ class Weight:
     parameter: nn.Parameter
     master: Tensor
     moments: dict[str, Tensor] = field(default_factory=dict)
-    """By the names that its rule gives them; each has the shape of the master."""
+    """By the names that its rule gives them."""
+    average: Tensor | None = None
+    """The moving average of the master, where one is kept."""
     gradient: Tensor | None = None
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved of it, by name."""
-        return {f"{kind}.{self.name}": tensor for kind, tensor in {"master": self.master, **self.moments}.items()}
+        kept = {"master": self.master, "ema": self.average, **self.moments}
+        return {f"{kind}.{self.name}": tensor for kind, tensor in kept.items() if tensor is not None}
 
 
 class Rule(Protocol):
     """How masters follow gradients."""
 
-    moments: ClassVar[Sequence[str]]
-    """What it remembers of each weight; all start at zero."""
+    def moments(self, master: Tensor) -> dict[str, Tensor]:
+        """Return what it remembers of a weight before the first update, by name."""
 
     def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
         """Change the masters, and the moments, by the gradients; `updates` have been done before.
@@ -50,15 +54,24 @@ class Optimizer:
     model afterwards (`Precision.apply`): so the masters keep the full precision of those weights.
 
     Args:
-        rules: each with the named parameters that follow it; those that need no gradient are left alone.
+        rules: each with the named parameters that follow it. Those that need no gradient have masters alone, so that
+            their full precision is kept and saved too.
+        ema: share of a moving average of the masters that stays at an update; 0 keeps no average.
     """
 
-    def __init__(self, rules: Iterable[tuple[Rule, Iterable[tuple[str, nn.Parameter]]]]) -> None:
+    def __init__(self, rules: Iterable[tuple[Rule, Iterable[tuple[str, nn.Parameter]]]], ema: float = 0.0) -> None:
         self.updates = 0
         """Updates done."""
+        self.ema = ema
         self._groups: list[tuple[Rule, list[Weight]]] = []
+        self._frozen: list[Weight] = []
         for rule, parameters in rules:
-            weights = [_new_weight(rule, name, p) for name, p in parameters if p.requires_grad]
+            named = [Weight(name, parameter, parameter.detach().float()) for name, parameter in parameters]
+            self._frozen += [weight for weight in named if not weight.parameter.requires_grad]
+            weights = [weight for weight in named if weight.parameter.requires_grad]
+            for weight in weights:
+                weight.moments = rule.moments(weight.master)
+                weight.average = weight.master.clone() if ema else None
             if weights:
                 self._groups.append((rule, weights))
         self._weights = [weight for _, weights in self._groups for weight in weights]
@@ -100,21 +113,48 @@ class Optimizer:
         for rule, weights in self._groups:
             rule.update(weights, rate, self.updates)
         self.updates += 1
+        self._average()
         for weight in self._weights:
             weight.gradient = None
             _publish(weight)
 
+    def _average(self) -> None:
+        # The mean of all masters so far, each weighted by `ema` to the power of its age: that is Adam's correction of
+        # an average that starts at zero (https://arxiv.org/abs/1412.6980, section 3), without the zeros.
+        kept = [(weight.average, weight.master) for weight in self._weights if weight.average is not None]
+        if kept:
+            averages, masters = zip(*kept, strict=True)
+            torch._foreach_lerp_(averages, masters, (1 - self.ema) / (1 - self.ema**self.updates))
+
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
-        return {weight.name: weight.master for weight in self._weights}
+        return {weight.name: weight.master for weight in (*self._weights, *self._frozen)}
+
+    def averages(self) -> dict[str, Tensor]:
+        """Return the moving averages by the names of their parameters, none if none are kept; no copies."""
+        return {weight.name: weight.average for weight in self._weights if weight.average is not None}
+
+    @contextmanager
+    def averages_in_use(self) -> Iterator[None]:
+        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile."""
+        own = [(weight.parameter, weight.parameter.data) for weight in self._weights]
+        try:
+            for weight in self._weights:
+                if weight.average is not None:
+                    weight.parameter.data = weight.average.to(weight.parameter.dtype)
+            yield
+        finally:
+            for parameter, data in own:
+                parameter.data = data
 
     def state(self) -> dict[str, Tensor]:
         """Return all that `load` needs, as named tensors that `step` goes on changing: save them, or copy them.
 
-        The names are `step`, `master.<parameter>`, and `<moment>.<parameter>` for what the rule remembers.
+        The names are `step`, `master.<parameter>`, `ema.<parameter>` if averages are kept, and `<moment>.<parameter>`
+        for what the rule remembers.
         """
         named: dict[str, Tensor] = {"step": torch.tensor(self.updates)}
-        for weight in self._weights:
+        for weight in (*self._weights, *self._frozen):
             named |= weight.state()
         return named
 
@@ -133,16 +173,11 @@ class Optimizer:
                     f"{tensor.dtype} {list(tensor.shape)}; it belongs to another model, start a new run."
                 )
         self.updates = int(state["step"])
-        for weight in self._weights:
+        for weight in (*self._weights, *self._frozen):
             for name, tensor in weight.state().items():
                 tensor.copy_(state[name])
             weight.gradient = None
             _publish(weight)
-
-
-def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
-    master = parameter.detach().float()
-    return Weight(name, parameter, master, {moment: torch.zeros_like(master) for moment in rule.moments})
 
 
 def _publish(weight: Weight) -> None:

@@ -13,8 +13,8 @@ from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import UsageError
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, resolved
 
-_FIXED = ("model",)
-_FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed")
+_FIXED = ("model", "lora")
+_FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed", "ema", "freeze")
 
 
 def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from torch import nn
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
 from encdec_cli.recipe import Train
+from encdec_cli.training.adafactor import Adafactor
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.loss import used_by
 from encdec_cli.training.muon import Muon
-from encdec_cli.training.optimizer import Optimizer
+from encdec_cli.training.optimizer import Optimizer, Rule
 
 
 def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype) -> Optimizer:
@@ -24,15 +25,18 @@ def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype)
         dtype: in which the model will compute.
     """
     first, second = train.betas
-    adam = Adam(train.optimizer != "adam", (first, second), weight_decay=train.weight_decay)
+    rule: Rule = Adam(train.optimizer != "adam", (first, second), weight_decay=train.weight_decay)
+    if train.optimizer == "adafactor":
+        rule = Adafactor(train.weight_decay)
     muon = Muon(weight_decay=train.weight_decay, dtype=dtype)
     named = dict(model.named_parameters())
     inner = hidden_matrices(model, batch) if train.optimizer == "muon" else set()
     return Optimizer(
         [
             (muon, [(name, p) for name, p in named.items() if name in inner]),
-            (adam, [(name, p) for name, p in named.items() if name not in inner]),
-        ]
+            (rule, [(name, p) for name, p in named.items() if name not in inner]),
+        ],
+        train.ema,
     )
 
 

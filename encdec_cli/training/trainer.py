@@ -29,7 +29,9 @@ from encdec_cli.training.clock import Clock
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
+from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
+from encdec_cli.training.lora import adapt, merged
 from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
@@ -67,7 +69,10 @@ class Trainer:
         torch.manual_seed(self.train.seed)
         model = build_model(setting.recipe, len(source.vocabulary), len(target.vocabulary)).to(setting.device)
         if setting.init_from is not None:
-            take_weights(model, setting.init_from, source, target)
+            for sentence in take_weights(model, setting.recipe, setting.init_from, source, target):
+                setting.say(sentence)
+        adapt(model, setting.recipe.lora)
+        freeze(model, self.train.freeze)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
         chosen = precision.choose(self.train.precision, setting.device)
@@ -124,10 +129,11 @@ class Trainer:
                 "it, or lower text.max_source and text.max_target."
             )
 
-    def try_largest(self) -> tuple[int, int]:
+    def try_largest(self) -> tuple[int, int, int]:
         """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
 
-        Returns the number of weights and of micro-batches in an epoch. Raises what training would raise.
+        Returns the number of weights, of those that learn, and of micro-batches in an epoch. Raises what training
+        would raise.
         """
         batches = self.sampler.batches(0)
         for lengths in (self.store.target_lengths, self.store.source_lengths):
@@ -136,7 +142,8 @@ class Trainer:
             list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
         self.validation.try_longest(self.bundle)
-        return sum(parameter.numel() for parameter in self.model.parameters()), len(batches)
+        weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
+        return weights, learning, len(batches)
 
     def _load(self, rows: Ints) -> Batch:
         return collate(*self.store.gather(rows), rows.tolist()).to(self.setting.device)
@@ -202,15 +209,16 @@ class Trainer:
         progress.loss, progress.loss_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        self._unsaved |= self.keeper.judge(self.bundle, self.progress, self._weights)
+        with self.optimizer.averages_in_use():
+            self._unsaved |= self.keeper.judge(self.bundle, self.progress, self._weights)
 
     def _weights(self) -> dict[str, Tensor]:
-        """The weights at full precision: those of the optimizer, and buffers as the model has them."""
+        """The weights of a bundle at full precision: those of the optimizer, and buffers as the model has them."""
         state = {
             name: value.float() if value.is_floating_point() else value
             for name, value in self.model.state_dict().items()
         }
-        return state | self.optimizer.masters()
+        return merged(self.model, state | self.optimizer.masters() | self.optimizer.averages())
 
     def _finish(self) -> None:
         if self.keeper.finish(self.bundle, self.progress, self._weights):
@@ -236,6 +244,8 @@ class Trainer:
         say = self.setting.say
         found = checkpoint.load_newest(self.checkpoints, say)
         if found is None:
+            if self.setting.recipe.lora.rank and self.setting.init_from is None:
+                raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
             self.log.keep(0)
             return
         resume.check(found.facts, self.facts, self.run_folder, say)

@@ -1,0 +1,115 @@
+"""Means of weights: the moving average of a run, the average of its checkpoints, and `encdec average`."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from encdec_cli.atomic import verify
+from encdec_cli.bundle.checkpoint import step_name
+from tests.conftest import copy_task
+
+SHORT = ("train.steps=16", "train.save_every=4", "train.precision=fp32", "train.validate_every=2", "train.metric=chrf")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    return copy_task(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def run(forks, recipe, tmp_path_factory):
+    """A run that has kept its three best models."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    kept = ("train.average=3", "train.average_of=best", "train.rate=3e-2")
+    done = forks("train", recipe, *SHORT, *kept, "--output", folder)
+    assert done.wait() == 0, done.stderr
+    return folder
+
+
+def events(run, kind):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
+    return [line for line in lines if line["event"] == kind]
+
+
+def weights(bundle):
+    return load_file(bundle / "model.safetensors")
+
+
+def test_the_best_models_are_averaged(run):
+    scores = {line["step"]: line["chrF2"] for line in events(run, "valid")}
+    best = sorted(sorted(scores, key=lambda step: (scores[step], step))[-3:])
+    assert best != sorted(scores)[-3:], "this run shows nothing"
+    assert events(run, "average")[0]["of"] == best
+    assert {step_name(step) for step in best} <= {path.name for path in (run / "bundles").iterdir()}
+
+
+def test_the_command_writes_a_mean_that_translates(forks, run, tmp_path):
+    parts = sorted((run / "bundles").glob("step_*"))
+    done = forks("average", *parts, "--output", tmp_path / "mean")
+    assert done.wait() == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'mean'}\n"
+    verify(tmp_path / "mean")
+    tensors = [weights(part) for part in parts]
+    for name, mean in weights(tmp_path / "mean").items():
+        expected = sum(each[name].double() for each in tensors) / len(parts)
+        assert (mean - expected).abs().max() < 1e-7
+    facts = json.loads((tmp_path / "mean" / "bundle.json").read_text())["facts"]
+    assert facts["averaged"] == [str(part) for part in parts]
+    assert facts["scores"] == {}
+    out = forks("generate", "--model", tmp_path / "mean", stdin="1 2\n")
+    assert out.wait() == 0, out.stderr
+    assert out.stdout.count("\n") == 1
+
+
+def test_the_mean_of_one_model_with_itself_is_that_model(forks, run, tmp_path):
+    done = forks("average", run, run / "bundle", "--output", tmp_path / "mean")
+    assert done.wait() == 0, done.stderr
+    assert (tmp_path / "mean" / "model.safetensors").read_bytes() == (run / "bundle/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [("model.heads=4", "model.heads is not that of"), ("text.vocabulary=9", "source vocabulary is not that of")],
+)
+def test_models_that_do_not_fit_are_refused(forks, recipe, run, tmp_path, change, words):
+    other = forks("train", recipe, *SHORT, "train.steps=2", change, "--output", tmp_path / "other")
+    assert other.wait() == 0, other.stderr
+    done = forks("average", run, tmp_path / "other", "--output", tmp_path / "mean")
+    assert done.wait() == 5
+    assert str(tmp_path / "other") in done.stderr
+    assert words in done.stderr
+    assert not (tmp_path / "mean").exists()
+
+
+def test_what_the_command_refuses(forks, run, tmp_path):
+    for words, code in (
+        ((run, "--output", tmp_path / "mean"), 2),
+        ((run, run, "--output", run / "data"), 2),
+        ((run, tmp_path / "no", "--output", tmp_path / "mean"), 5),
+    ):
+        done = forks("average", *words)
+        assert done.wait() == code, done.stderr
+        assert "Traceback" not in done.stderr
+    verify(run / "data")
+
+
+def test_with_ema_the_average_is_validated_and_kept(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    done = forks("train", recipe, *SHORT, "train.ema=0.7", "--output", run)
+    assert done.wait() == 0, done.stderr
+    # The last model stands in the last checkpoint, whether or not it is the best.
+    state = load_file(run / "checkpoints" / step_name(16) / "state.safetensors")
+    assert any((state[f"ema.{name}"] != state[f"master.{name}"]).any() for name in weights(run / "bundle"))
+    again = forks("train", recipe, *SHORT, "train.ema=0.7", "train.average=4", "--output", tmp_path / "kept")
+    assert again.wait() == 0, again.stderr
+    for name, weight in weights(tmp_path / "kept" / "bundles" / step_name(16)).items():
+        assert weight.equal(state[f"ema.{name}"])
+    # What was validated is what is kept: with a rate of next to nothing its loss is found again.
+    still = ("train.steps=1", "train.rate=1e-12", "train.warmup=0")
+    kept = tmp_path / "kept" / "bundles" / step_name(16)
+    found = forks("train", recipe, *SHORT, *still, "--init-from", kept, "--output", tmp_path / "found")
+    assert found.wait() == 0, found.stderr
+    assert events(tmp_path / "found", "valid")[0]["loss"] == pytest.approx(events(run, "valid")[-1]["loss"], abs=1e-5)
