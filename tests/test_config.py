@@ -493,10 +493,12 @@ def test_the_sections_hold_exactly_the_keys_that_were_agreed():
     text = "tokenizer algorithm vocabulary shared max_source max_target too_long"
     train = (
         "steps tokens accumulate optimizer rate betas weight_decay warmup schedule clip label_smoothing precision "
-        "save_every keep validate_every valid_lines metric patience average log_every seed threads"
+        "save_every keep validate_every valid_lines metric patience ema freeze average average_of log_every "
+        "seed threads"
     )
     assert " ".join(vars(recipe.Text())) == text
     assert " ".join(vars(recipe.Train())) == train
+    assert " ".join(vars(recipe.Lora())) == "rank alpha targets whole"
 
 
 @pytest.mark.parametrize(
@@ -507,6 +509,7 @@ def test_the_sections_hold_exactly_the_keys_that_were_agreed():
         ("betas", "[0.9]", "betas ([0.9]) must be two numbers, each at least 0 and below 1"),
         ("betas", "[0.9, 1]", "betas ([0.9, 1.0]) must be two numbers, each at least 0 and below 1"),
         ("label_smoothing", "1", "label_smoothing (1.0) must be at least 0 and below 1"),
+        ("ema", "1", "ema (1.0) must be at least 0 and below 1"),
         ("threads", "-1", "threads (-1) must be at least 0"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import nn
 from encdec_cli.data.batch import collate
 from encdec_cli.errors import BundleError
 from encdec_cli.models.transformer import Transformer
+from encdec_cli.training.adafactor import Adafactor
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.muon import Muon, orthogonalised, square_blocks
 from encdec_cli.training.optimizer import Optimizer
@@ -70,6 +71,46 @@ def test_equals_torch_for_many_steps_with_decay_of_matrices_only(name: str) -> N
         reference.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_adafactor_equals_torch_where_that_does_not_scale_by_the_weights() -> None:
+    ours, theirs = network(), network()
+    optimizer = Optimizer([(Adafactor(weight_decay=0.1), ours.named_parameters())])
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # Its steps are the rate times the larger of 10 and the weights' root mean square.
+    reference = torch.optim.Adafactor(groups, lr=1.0, eps=(1e-30, 10.0), foreach=False)
+    for step in range(1, 41):
+        rate = 0.001 / step
+        update(ours, optimizer, step, 10 * rate)
+        give_gradients(theirs, step)
+        for group in reference.param_groups:
+            group["lr"] = rate
+            group["weight_decay"] *= 10 if step == 1 else 1
+        reference.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_adafactor_bears_rows_without_any_gradient() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    before = model.weight.detach().clone()
+    optimizer = Optimizer([(Adafactor(), model.named_parameters())])
+    for _ in range(3):
+        model.weight.grad = torch.tensor([[0.0, 0.0, 0.0], [1e-6, 1e3, 0.0]])
+        collect(model, optimizer)
+        optimizer.step(0.1)
+    assert torch.isfinite(model.weight).all()
+    assert torch.equal(model.weight[0], before[0])
+    assert (model.weight[1, :2] < before[1, :2]).all()
+
+
+def test_adafactor_remembers_a_row_and_a_column_of_a_matrix() -> None:
+    state = Optimizer([(Adafactor(), nn.Linear(7, 5).named_parameters())]).state()
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith(("master", "step"))}
+    assert shapes == {"rows.weight": (5, 1), "columns.weight": (1, 7), "square.bias": (5,)}
 
 
 def test_first_step_of_adam_by_hand() -> None:

@@ -26,7 +26,7 @@ def fingerprint(run: Path) -> dict[str, object]:
 
 
 IN_TURN = ("train.average=2",)
-SIDE_BY_SIDE = ("train.threads=2", "train.accumulate=2", "train.tokens=128", "train.optimizer=muon")
+SIDE_BY_SIDE = ("train.threads=2", "train.accumulate=2", "train.tokens=128", "train.optimizer=muon", "train.ema=0.9")
 
 
 def trained(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, dict[str, object]]:

@@ -33,8 +33,9 @@ def average(
 
     if len(models) < 2:
         raise UsageError(f"{models[0]}: the mean of one model is that model; name two or more.")
-    if output.exists() and not (output / "bundle.json").is_file():
-        raise UsageError(f"--output {output}: exists and is no bundle, so it is not replaced; choose another folder.")
+    if output.is_symlink() or (output.exists() and not (output / "bundle.json").is_file()):
+        # A run's `bundle` is a link: what it names belongs to the run.
+        raise UsageError(f"--output {output}: is a link or no bundle, so it is not replaced; choose another folder.")
     for path in models:
         find_bundle(path)  # before any is read
     plugins = load_plugins(plugin or [])

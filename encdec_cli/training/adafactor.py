@@ -45,8 +45,8 @@ class Adafactor:
             if weight.gradient is None:
                 continue
             step.mul_(weight.gradient)
-            size = float(torch.linalg.vector_norm(step)) / step.numel() ** 0.5
-            weight.master.sub_(step, alpha=rate / max(1.0, size / _LARGEST))
+            size = torch.linalg.vector_norm(step) / step.numel() ** 0.5
+            weight.master.sub_(step.div_((size / _LARGEST).clamp_(min=1.0)), alpha=rate)
 
     def _mean_square(self, weight: Weight, share: float) -> Tensor:
         """Return the mean square of each weight's gradient, in new memory, after a share of it is replaced."""
@@ -56,4 +56,6 @@ class Adafactor:
             return weight.moments["square"].lerp_(squares, share).clone()
         rows = weight.moments["rows"].lerp_(squares.mean(1, keepdim=True), share)
         columns = weight.moments["columns"].lerp_(squares.mean(0, keepdim=True), share)
-        return torch.mul(rows / rows.mean(), columns, out=squares)
+        # A row of padding or of a token never seen has next to nothing, and its product with a column may be too small
+        # for a number.
+        return torch.mul(rows / rows.mean(), columns, out=squares).clamp_(min=_SMALLEST)
