@@ -131,7 +131,7 @@ def test_another_vocabulary_keeps_the_tokens_that_are_the_same(forks, base, reci
     still = ("train.steps=1", "train.validate_every=1", "train.rate=1e-12")
     done = forks("train", other, *SHORT, *still, "--init-from", base, "--output", tmp_path / "run")
     assert done.wait() == 0, done.stderr
-    assert "another source vocabulary: 11 of 11 tokens taken over" in done.stderr
+    assert "another shared vocabulary: 11 of 11 tokens taken over" in done.stderr
     old, new = (json.loads((run / "bundle/source.tokenizer").read_text())["tokens"] for run in (base, tmp_path / "run"))
     before, after = weights(base / "bundle"), weights(tmp_path / "run" / "bundle")
     assert len(new) < len(old)

@@ -113,6 +113,7 @@ def test_init_from_starts_with_given_weights(forks, finished, tmp_path):
     [
         (["model.d_model=16"], ["shape", "model expects"]),
         (["model.encoder_layers=2"], ["lacks", "encoder"]),
+        (["model.d_model=16", "text.vocabulary=9"], ["shape", "model expects"]),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(forks, finished, tmp_path, changes, words):

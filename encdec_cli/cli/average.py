@@ -12,8 +12,9 @@ from encdec_cli.cli.options import PluginOption
 
 def average(
     models: Annotated[
+        # Hidden, since the help would show its Python type; the text below tells of it.
         list[Path],
-        typer.Argument(metavar="PATH", help="Bundles, or runs, whose best models count.", show_default=False),
+        typer.Argument(metavar="PATH", help="Bundles, or runs, whose best models count.", hidden=True),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the new bundle.", show_default=False)
@@ -22,9 +23,9 @@ def average(
 ) -> None:
     """Write a model whose weights are the mean of several models' weights, and print its folder.
 
-    The models are checkpoints of one run (`runs/mt/bundles/step_*`, where train.average says how many are kept) or runs
-    that began with the same weights: those of runs with other seeds have no useful mean; give them to `encdec generate`
-    as an ensemble. Recipe and tokenizers are those of the last one.
+    Each PATH is a bundle, or a run, whose best model counts. They are checkpoints of one run (runs/mt/bundles/step_*,
+    where train.average says how many are kept) or runs that began with the same weights; those of runs with other seeds
+    have no useful mean: give them to `encdec generate` as an ensemble. Recipe and tokenizers are those of the last.
     """
     from encdec_cli.bundle.average import average as mean
     from encdec_cli.bundle.bundle import find_bundle

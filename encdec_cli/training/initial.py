@@ -40,10 +40,12 @@ def take_weights(model: Model, recipe: Recipe, bundle: Bundle, source: Tokenizer
         for name, ours, theirs in changed:
             origin = origins(ours, theirs)
             for tensor, axis in axes[name]:
-                if tensor in weights and weights[tensor].dim() == own[tensor].dim():
+                if tensor in weights:
                     weights[tensor] = mapped(weights[tensor], own[tensor], axis, origin)
     load_weights(model, weights, Path("--init-from"))
-    return [_told(name, origins(ours, theirs)) for name, ours, theirs in changed[: 1 if source is target else 2]]
+    if source is target:
+        changed = [("shared", ours, theirs) for _, ours, theirs in changed[:1]]
+    return [_told(name, origins(ours, theirs)) for name, ours, theirs in changed]
 
 
 def vocabulary_axes(
@@ -87,7 +89,12 @@ def origins(ours: Tokenizer, theirs: Tokenizer) -> Origin:
 
 
 def mapped(old: Tensor, fresh: Tensor, axis: int, origin: Origin) -> Tensor:
-    """Return `old` for a new vocabulary along an axis: means of old entries, those of `fresh` for new tokens."""
+    """Return `old` for a new vocabulary along an axis: means of old entries, those of `fresh` for new tokens.
+
+    Where the two differ in more than that axis `old` is returned as it is.
+    """
+    if old.dim() != fresh.dim() or old.select(axis, 0).shape != fresh.select(axis, 0).shape:
+        return old
     entries = old.movedim(axis, 0)
     means = [
         entries[list(ids)].mean(0) if ids else new for ids, new in zip(origin, fresh.movedim(axis, 0), strict=True)
