@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from encdec_cli.data.batch import Batch
+from encdec_cli.data.store import Store
 from encdec_cli.models.model import Model
-from encdec_cli.recipe import Train
-from encdec_cli.training.loss import real_rows, token_loss
+from encdec_cli.recipe import Recipe
+from encdec_cli.text.vocabulary import EOS
+from encdec_cli.training import loss
+from encdec_cli.training.loss import Criterion, chunked_loss, real_rows
+from encdec_cli.training.risk import ExpectedRisk
 
 
 class Objective(Protocol):
@@ -33,16 +38,97 @@ class CrossEntropy:
     """Label-smoothed cross-entropy of each target token, given those before it."""
 
     smoothing: float
+    prior: Tensor | None = None
+    """[vocab]: how the smoothing spreads; None: evenly."""
 
     def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`."""
-        target = batch.known_target
-        hidden = model(batch.source, batch.source_mask, target[:, :-1])
-        rows, labels = real_rows(hidden, target[:, 1:])
-        loss, _ = token_loss(rows, model.project, labels, self.smoothing, parameters, weight=weight)
-        return loss
+        hidden = model(batch.source, batch.source_mask, batch.decoder_input)
+        rows, labels = real_rows(hidden, batch.known_target[:, 1:])
+        criterion = loss.CrossEntropy(labels, self.smoothing, self.prior)
+        return chunked_loss(rows, model.project, criterion, parameters, weight)
 
 
-def make_objective(train: Train) -> Objective:
-    """Return the objective of a recipe."""
-    return CrossEntropy(train.label_smoothing)
+@dataclass(frozen=True)
+class RDrop:
+    """R-Drop (Liang et al. 2021, https://arxiv.org/abs/2106.14448): two passes with different dropout that must agree.
+
+    The mean cross-entropy of both passes plus `weight` / 4 times the divergence of each token's two distributions, both
+    ways: half of the paper's loss, so that it remains the loss of one pass.
+    """
+
+    base: CrossEntropy
+    weight: float
+
+    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+        """Return `weight` times the summed loss; see `Objective`. Both passes are one batch of twice the rows."""
+        source, mask, read = (
+            side.repeat_interleave(2, 0) for side in (batch.source, batch.source_mask, batch.decoder_input)
+        )
+        # The two passes of a position side by side: [rows, tgt_len x 2, dim].
+        hidden = model(source, mask, read).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        rows, labels = real_rows(hidden, batch.known_target[:, 1:].repeat_interleave(2, 1))
+        criterion = Agreement(loss.CrossEntropy(labels, self.base.smoothing, self.base.prior), self.weight)
+        return chunked_loss(rows, model.project, criterion, parameters, weight)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Half of a criterion, plus a quarter of `weight` times KL(p, q) + KL(q, p) of each two rows that follow."""
+
+    group: ClassVar[int] = 2
+
+    base: Criterion
+    weight: float
+
+    def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
+        """Return loss and gradient; see `Criterion`."""
+        total, gradient = self.base(logits, rows, weight / 2)
+        first, second = logits.float().log_softmax(1).view(-1, 2, logits.shape[1]).unbind(1)
+        p, q, ratio = first.exp(), second.exp(), first - second
+        forth, back = (p * ratio).sum(1, keepdim=True), -(q * ratio).sum(1, keepdim=True)
+        # Of KL(p, q) by the logits of p: p (ln p/q - KL); of KL(q, p): p - q.
+        of_first = (ratio + (1 - forth)).mul_(p).sub_(q)
+        of_second = (1 - back - ratio).mul_(q).sub_(p)
+        gradient.view(-1, 2, logits.shape[1]).add_(
+            torch.stack((of_first, of_second), 1), alpha=weight * self.weight / 4
+        )
+        return total / 2 + (forth + back).sum() * (self.weight / 4), gradient
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The weighted sum of several objectives."""
+
+    parts: Sequence[tuple[float, Objective]]
+
+    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+        """Return `weight` times the summed loss; see `Objective`."""
+        losses = [part(model, batch, parameters, weight * share) for share, part in self.parts]
+        return torch.stack(losses).sum()
+
+
+def make_objective(recipe: Recipe, store: Store, vocabulary: int, device: torch.device | str) -> Objective:
+    """Return the objective of a recipe.
+
+    Args:
+        recipe: its `train`, `regularize` and `risk`.
+        store: the training examples.
+        vocabulary: target tokens.
+        device: where it is computed.
+    """
+    prior = _unigram(store, vocabulary).to(device) if recipe.regularize.smoothing_prior == "unigram" else None
+    objective: Objective = CrossEntropy(recipe.train.label_smoothing, prior)
+    if recipe.regularize.rdrop:
+        objective = RDrop(CrossEntropy(recipe.train.label_smoothing, prior), recipe.regularize.rdrop)
+    if recipe.risk.metric:
+        risk, share = ExpectedRisk(recipe.risk.sharpness), recipe.risk.weight
+        objective = risk if share == 1 else Mixture([(1 - share, objective), (share, risk)])
+    return objective
+
+
+def _unigram(store: Store, vocabulary: int) -> Tensor:
+    """Return the share of each token among the training targets, their EOS included: [vocabulary] fp32."""
+    counts = torch.from_numpy(store.target_counts(vocabulary)).double()
+    counts[EOS] += len(store)
+    return (counts / counts.sum()).float()
