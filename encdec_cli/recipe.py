@@ -134,6 +134,25 @@ class Regularize:
 
 
 @dataclass
+class Guide:
+    """Guided alignment (https://arxiv.org/abs/1909.02074): one head of the decoder's attention learns to look where a
+    word aligner says that a word comes from; `--alignments LAYER.HEAD` then reads it."""
+
+    weight: float = 0.0
+    """Weight of its loss beside that of the tokens; 0.05 is usual, 0 guides nothing."""
+    layer: int = -1
+    """Decoder layer of the head, from 0; -1 is the last, -2 the one before it."""
+    head: int = 0
+    """The head, from 0."""
+    alignments: str = ""
+    """A file with the links `i-j` of the words of each training example, a line each, as fast_align writes it; empty:
+    IBM Model 1 learns them from the training examples, if they are not too many."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, weight=self.weight, head=self.head)
+
+
+@dataclass
 class Risk:
     """Minimum risk training on a metric (Shen et al. 2016, https://arxiv.org/abs/1512.02433), for a model that has
     learned already: with --init-from, and a tenth of its train.rate and train.tokens."""
@@ -179,6 +198,8 @@ class Recipe:
     """How the model learns, and how often its progress is judged and saved."""
     regularize: Regularize = field(default_factory=Regularize)
     """What makes learning harder so that the model generalises better; all of it is off unless asked for."""
+    guide: Guide = field(default_factory=Guide)
+    """Guided alignment: a head of attention that learns where words come from; off without a weight."""
     risk: Risk = field(default_factory=Risk)
     """Minimum risk training on a metric; off without one."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
@@ -187,7 +208,7 @@ class Recipe:
     """The plugin files that were run for this recipe."""
 
 
-SECTIONS = ("plugins", "task", "data", "text", "model", "train", "regularize", "risk", "decoding")
+SECTIONS = ("plugins", "task", "data", "text", "model", "train", "regularize", "guide", "risk", "decoding")
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
 DATA_SECTIONS = ("task", "data", "text")

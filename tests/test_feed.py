@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from encdec_cli import atomic, recipe
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
-from encdec_cli.data.prepared import tokenizer_sides
+from encdec_cli.data.prepared import Prepared, tokenizer_sides
 from encdec_cli.data.store import Store, write_shards
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.text.options import TokenizerOptions
@@ -41,7 +43,8 @@ def feed(tokenizer, store):
         text = {"max_source": LONGEST, "max_target": LONGEST}
         sections = {"task": {"name": "translation"}, "data": {"name": "cldr"}, "text": text, "regularize": noise}
         network = Transformer(Transformer.Config(1, 1, 8, 2, 8), len(tokenizer.vocabulary), len(tokenizer.vocabulary))
-        return Feed(Bundle(recipe.from_resolved(sections), network, tokenizer, tokenizer), store)
+        data = Prepared(Path(), {}, tokenizer, tokenizer, {"train": store})
+        return Feed(Bundle(recipe.from_resolved(sections), network, tokenizer, tokenizer), data)
 
     return make
 

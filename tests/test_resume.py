@@ -31,7 +31,7 @@ NOISY = (
     *("train.steps=20", "train.validate_every=10", "text.tokenizer=sentencepiece", "text.vocabulary=300"),
     *("regularize.rdrop=5", "regularize.smoothing_prior=unigram", "regularize.subword_sampling=0.3"),
     *("regularize.word_dropout_source=0.1", "regularize.word_dropout_target=0.1", "regularize.word_dropout_warmup=15"),
-    *("risk.metric=chrf", "risk.weight=0.5", "risk.samples=2", "decoding.max_length=8"),
+    *("risk.metric=chrf", "risk.weight=0.5", "risk.samples=2", "decoding.max_length=8", "guide.weight=0.1"),
 )
 
 

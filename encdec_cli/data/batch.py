@@ -28,6 +28,8 @@ class Batch:
     """The number of each example where it comes from."""
     seen: Tensor | None = None
     """`target` as the decoder is to read it, with `<unk>` for some tokens; None where that is the target itself."""
+    links: Tensor | None = None
+    """`[rows, tgt_len - 1, src_len]` fp32: where each target token after BOS comes from; None where nobody asks."""
 
     @property
     def source_mask(self) -> Tensor:
@@ -53,8 +55,9 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on a device."""
-        target, seen = (None if side is None else side.to(device) for side in (self.target, self.seen))
-        return Batch(self.source.to(device), target, self.rows, seen)
+        others = (None if side is None else side.to(device) for side in (self.target, self.seen, self.links))
+        target, seen, links = others
+        return Batch(self.source.to(device), target, self.rows, seen, links)
 
 
 def collate(sources: Ragged | Sequences, targets: Ragged | Sequences | None, rows: Sequence[int]) -> Batch:

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch, collate
+from encdec_cli.data.prepared import Prepared
 from encdec_cli.data.sampler import Ints
-from encdec_cli.data.store import Ragged, Store
+from encdec_cli.data.store import Ragged
 from encdec_cli.decoding.draw import streams, uniform
 from encdec_cli.text.resampling import Resampler
 from encdec_cli.text.vocabulary import EOS, UNK
+from encdec_cli.training.guide import Links
 from encdec_cli.training.risk import Judge
 
 
@@ -27,12 +29,13 @@ class Feed:
 
     Args:
         bundle: the model that learns, its tokenizers and its recipe.
-        store: the training examples.
+        data: the training examples.
     """
 
-    def __init__(self, bundle: Bundle, store: Store) -> None:
+    def __init__(self, bundle: Bundle, data: Prepared) -> None:
         recipe = bundle.recipe
-        self._device, self._store = bundle.device, store
+        self._device, self._store = bundle.device, data.store("train")
+        self._links = Links(bundle, data, recipe.guide.alignments) if recipe.guide.weight else None
         self._seed, self._noise = recipe.train.seed, recipe.regularize
         self._limits = bundle.longest_source, bundle.longest_target
         self._judge = Judge(bundle, recipe.risk) if recipe.risk.metric else None
@@ -51,6 +54,8 @@ class Feed:
             batch = collate(sides[0], sides[1], rows.tolist())
         else:
             batch = collate(source, target, rows.tolist())
+        if self._links is not None:
+            batch = replace(batch, links=self._links(batch))
         batch = self._hide(batch, seed, update).to(self._device)
         return batch if self._judge is None else self._judge(batch, seed)
 

@@ -15,6 +15,7 @@ from encdec_cli.models.model import Model
 from encdec_cli.recipe import Recipe
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
+from encdec_cli.training.guide import GuidedAttention, chosen_head
 from encdec_cli.training.loss import Criterion, chunked_loss, real_rows
 from encdec_cli.training.risk import ExpectedRisk
 
@@ -108,23 +109,25 @@ class Mixture:
         return torch.stack(losses).sum()
 
 
-def make_objective(recipe: Recipe, store: Store, vocabulary: int, device: torch.device | str) -> Objective:
+def make_objective(recipe: Recipe, model: Model, store: Store, vocabulary: int) -> Objective:
     """Return the objective of a recipe.
 
     Args:
-        recipe: its `train`, `regularize` and `risk`.
+        recipe: its `train`, `regularize`, `guide` and `risk`.
+        model: the one that learns, on its device. Raises UsageError if it has no head to guide.
         store: the training examples.
         vocabulary: target tokens.
-        device: where it is computed.
     """
+    device = next(model.parameters()).device
     prior = _unigram(store, vocabulary).to(device) if recipe.regularize.smoothing_prior == "unigram" else None
-    objective: Objective = CrossEntropy(recipe.train.label_smoothing, prior)
-    if recipe.regularize.rdrop:
-        objective = RDrop(CrossEntropy(recipe.train.label_smoothing, prior), recipe.regularize.rdrop)
-    if recipe.risk.metric:
-        risk, share = ExpectedRisk(recipe.risk.sharpness), recipe.risk.weight
-        objective = risk if share == 1 else Mixture([(1 - share, objective), (share, risk)])
-    return objective
+    tokens = CrossEntropy(recipe.train.label_smoothing, prior)
+    objective: Objective = RDrop(tokens, recipe.regularize.rdrop) if recipe.regularize.rdrop else tokens
+    share = recipe.risk.weight if recipe.risk.metric else 0.0
+    parts: list[tuple[float, Objective]] = [(1 - share, objective), (share, ExpectedRisk(recipe.risk.sharpness))]
+    if recipe.guide.weight:
+        parts.append((recipe.guide.weight, GuidedAttention(chosen_head(model, recipe.guide))))
+    parts = [(share, part) for share, part in parts if share]
+    return parts[0][1] if len(parts) == 1 else Mixture(parts)
 
 
 def _unigram(store: Store, vocabulary: int) -> Tensor:

@@ -72,14 +72,14 @@ class Trainer:
         self.model = model
         chosen = precision.choose(self.train.precision, setting.device)
         self.store = setting.data.store("train")
-        self.feed = Feed(self.bundle, self.store)
+        self.feed = Feed(self.bundle, setting.data)
         self.optimizer = make_optimizer(model, self.train, self.feed(np.array([0]), 0), chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        objective = make_objective(setting.recipe, self.store, len(target.vocabulary), setting.device)
+        objective = make_objective(setting.recipe, model, self.store, len(target.vocabulary))
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
