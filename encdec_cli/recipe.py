@@ -121,7 +121,7 @@ class Regularize:
     word_dropout_source: float = 0.0
     """Probability with which a source token is hidden: read as `<unk>` (https://arxiv.org/abs/1512.05287)."""
     word_dropout_target: float = 0.0
-    """Likewise for the target tokens that the decoder reads; it still has to write them."""
+    """Likewise for target tokens that the decoder reads (https://arxiv.org/abs/1511.06349); it still writes them."""
     word_dropout_warmup: int = 0
     """Updates in which both probabilities rise from zero."""
 

@@ -15,6 +15,7 @@ from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.shard import Side
 from encdec_cli.data.store import Store, write_shards
+from encdec_cli.decoding.attention import Head
 from encdec_cli.errors import UsageError
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
@@ -23,6 +24,7 @@ from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.tokenizer import Character
 from encdec_cli.text.vocabulary import BOS, EOS, PAD
 from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.guide import GuidedAttention
 from encdec_cli.training.loss import CrossEntropy as TokenLoss
 from encdec_cli.training.loss import chunked_loss
 from encdec_cli.training.objective import Agreement, CrossEntropy, Mixture, Objective, RDrop, make_objective
@@ -180,6 +182,20 @@ def test_a_mixture_is_a_weighted_sum():
         second = ExpectedRisk(1.0)(network, data, list(network.parameters()), 0.5)
     mixed = Mixture([(0.75, CrossEntropy(0.1)), (0.25, ExpectedRisk(1.0))])
     assert_same(computed(mixed, network, data, 0.5), 0.75 * first + 0.25 * second, network)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_parts():
+    network, data = model(vocab=6, dropout=0.0), every_output([[4, 5, 4], [5]], [4, 5], 2)
+    data.seen = torch.where(data.known_target == 5, 1, data.known_target)
+    data.links = torch.rand(2, data.known_target.shape[1] - 1, data.source.shape[1]) * data.source_mask[:, None]
+    data.links *= (data.known_target[:, 1:] != PAD)[:, :, None]
+    parts: list[tuple[float, Objective]] = [(1.0, CrossEntropy(0.1)), (1.0, GuidedAttention(Head(1, 0)))]
+    objective = Mixture([*parts, (1.0, ExpectedRisk(0.5))])
+    whole, halves = (
+        [computed(objective, network, one)[0] for one in some] for some in ([data], [data.take(0, 1), data.take(1, 2)])
+    )
+    torch.testing.assert_close(whole[0], sum(halves))
+    assert data.take(1, 2).source.shape == (1, 2)
 
 
 def small_bundle(metric: str, samples: int) -> Bundle:

@@ -113,3 +113,8 @@ def test_bpe_dropout_is_that_of_the_paper():
 def test_tokenizers_without_subwords_are_refused():
     with pytest.raises(UsageError, match=r"regularize\.subword_sampling: a character tokenizer"):
         Resampler(Character.train(["abc"], TokenizerOptions(20)), "unigram", 0.1, ())
+
+
+def test_what_is_no_probability_is_refused():
+    with pytest.raises(UsageError, match=r"regularize\.subword_sampling: 1\.5 is the probability"):
+        resampler("bpe", 1.5)

@@ -59,6 +59,14 @@ class Batch:
         target, seen, links = others
         return Batch(self.source.to(device), target, self.rows, seen, links)
 
+    def take(self, begin: int, end: int) -> Batch:
+        """Return the examples `begin … end - 1`, padded no longer than they need; no copies."""
+        source, target = self.source[begin:end], self.known_target[begin:end]
+        read, written = (int((side != PAD).sum(1).max()) for side in (source, target))
+        seen = None if self.seen is None else self.seen[begin:end, :written]
+        links = None if self.links is None else self.links[begin:end, : written - 1, :read]
+        return Batch(source[:, :read], target[:, :written], self.rows[begin:end], seen, links)
+
 
 def collate(sources: Ragged | Sequences, targets: Ragged | Sequences | None, rows: Sequence[int]) -> Batch:
     """Make a batch of sequences of ids (without BOS and EOS); `rows` says where each comes from.

@@ -31,11 +31,11 @@ class Resampler:
     Bytes, symbols and special tokens stay as they are. Nothing is drawn across the beginning of a word.
 
     Args:
-        tokenizer: SentencePiece; raises UsageError for any other.
+        tokenizer: SentencePiece; UsageError for any other.
         algorithm: what the pieces were learned with. `unigram`: a word's segmentations are drawn by their
             probability to the power `amount`. `bpe`: each possible merge is left out with probability `amount`, anew
             after each merge.
-        amount: above 0; below 1 for `bpe`.
+        amount: above 0; UsageError if it is no probability with `bpe`.
         symbols: strings that are always one token.
     """
 
@@ -44,6 +44,11 @@ class Resampler:
             raise UsageError(
                 f"regularize.subword_sampling: a {tokenizer.kind} tokenizer knows one way only to cut a text; use "
                 "text.tokenizer: sentencepiece, or leave it out."
+            )
+        if algorithm == "bpe" and amount >= 1:
+            raise UsageError(
+                f"regularize.subword_sampling: {amount} is the probability of leaving out a merge with text.algorithm: "
+                "bpe; use a number below 1, such as 0.1."
             )
         self._amount = amount
         self._tokens = tokenizer.vocabulary.tokens

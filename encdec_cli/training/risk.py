@@ -37,6 +37,11 @@ class Judged(Batch):
     costs: Tensor
     """[rows, n] fp32."""
 
+    def take(self, begin: int, end: int) -> Judged:
+        """Return the examples `begin … end - 1` and what belongs to them; no copies."""
+        outputs, costs = self.candidates[begin:end], self.costs[begin:end]
+        return Judged(**vars(super().take(begin, end)), candidates=outputs, costs=costs)
+
 
 class Judge:
     """Draws outputs of a model and judges them.
