@@ -118,13 +118,13 @@ def _from_model1(words: Words) -> list[Pairs]:
         )
     numbers: dict[str, int] = {}
     ids = [[[numbers.setdefault(word, len(numbers) + 1) for word in side] for side in pair] for pair in words]
-    rows = [row for row, (source, target) in enumerate(ids) if source and target]
+    rows = [row for row, pair in enumerate(ids) if all(pair)]
     found: list[Pairs] = [[] for _ in ids]
     chances = posteriors([ids[row][0] for row in rows], [ids[row][1] for row in rows])
     for row, matrix in zip(rows, chances, strict=True):
         # A word that rather comes from none has no link.
-        real = matrix.max(1) > 1 - matrix.sum(1)
-        found[row] = [(int(i), j) for j, i in enumerate(matrix.argmax(1)) if real[j]]
+        real = (matrix.max(1) > 1 - matrix.sum(1)).nonzero()[0]
+        found[row] = list(zip(matrix.argmax(1)[real].tolist(), real.tolist(), strict=True))
     return found
 
 
