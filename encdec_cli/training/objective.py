@@ -16,7 +16,7 @@ from encdec_cli.recipe import Recipe
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
 from encdec_cli.training.guide import GuidedAttention, chosen_head
-from encdec_cli.training.loss import Criterion, chunked_loss, real_rows
+from encdec_cli.training.loss import CHUNK, Criterion, chunked_loss, real_rows
 from encdec_cli.training.risk import ExpectedRisk
 
 
@@ -70,7 +70,8 @@ class RDrop:
         hidden = model(source, mask, read).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:].repeat_interleave(2, 1))
         criterion = Agreement(loss.CrossEntropy(labels, self.base.smoothing, self.base.prior), self.weight)
-        return chunked_loss(rows, model.project, criterion, parameters, weight)
+        # Half the chunk, since twice as much is computed from it: less time is spent on fresh memory.
+        return chunked_loss(rows, model.project, criterion, parameters, weight, CHUNK // 2)
 
 
 @dataclass(frozen=True)
@@ -85,15 +86,15 @@ class Agreement:
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
         total, gradient = self.base(logits, rows, weight / 2)
-        first, second = logits.float().log_softmax(1).view(-1, 2, logits.shape[1]).unbind(1)
-        p, q, ratio = first.exp(), second.exp(), first - second
-        forth, back = (p * ratio).sum(1, keepdim=True), -(q * ratio).sum(1, keepdim=True)
+        shape, share = (-1, 2, logits.shape[1]), weight * self.weight / 4
+        chances = logits.float().log_softmax(1).view(shape)
+        ratio = chances[:, 0] - chances[:, 1]
+        p, q = chances.exp_().unbind(1)  # in place, here and below: what is freed and taken anew costs more
+        forth, back = (sign * torch.einsum("nv,nv->n", one, ratio)[:, None] for sign, one in ((1, p), (-1, q)))
         # Of KL(p, q) by the logits of p: p (ln p/q - KL); of KL(q, p): p - q.
-        of_first = (ratio + (1 - forth)).mul_(p).sub_(q)
-        of_second = (1 - back - ratio).mul_(q).sub_(p)
-        gradient.view(-1, 2, logits.shape[1]).add_(
-            torch.stack((of_first, of_second), 1), alpha=weight * self.weight / 4
-        )
+        of_first, of_second = gradient.view(shape).unbind(1)
+        of_first.addcmul_(p, ratio, value=share).addcmul_(p, 1 - forth, value=share).sub_(q, alpha=share)
+        of_second.addcmul_(q, ratio, value=-share).addcmul_(q, 1 - back, value=share).sub_(p, alpha=share)
         return total / 2 + (forth + back).sum() * (self.weight / 4), gradient
 
 
