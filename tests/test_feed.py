@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,11 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.subword import SentencePiece
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
+from encdec_cli.training.data import prepared_data
 from encdec_cli.training.feed import Feed
+from encdec_cli.training.signals import Stop
+from encdec_cli.training.trainer import Setting, Trainer
+from tests.conftest import copy_task
 from tests.test_resampling import some_lines
 
 LINES = some_lines(200)
@@ -111,3 +116,46 @@ def test_without_noise_nothing_is_changed(feed, store):
     batch = feed()(EVERY, 1)
     assert batch.seen is None
     assert (batch.target_lengths - 1).tolist() == store.target_lengths.tolist()
+
+
+ALL_OF_IT = {
+    "rdrop": 5.0, "smoothing_prior": "unigram", "word_dropout_source": 0.1, "word_dropout_target": 0.1,
+    "word_dropout_warmup": 10, "subword_sampling": 0.3,
+}  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_run_with_all_of_it_that_is_killed_ends_with_the_same_bytes(tmp_path):
+    path = copy_task(tmp_path / "corpus", train=200, held_out=10)
+    settings = recipe.load(
+        path,
+        [
+            *("text={tokenizer: sentencepiece, vocabulary: 300}", f"regularize={json.dumps(ALL_OF_IT)}"),
+            *("guide.weight=0.1", "risk={metric: chrf, samples: 2, weight: 0.5}", "decoding.max_length=8"),
+            *(
+                "train.steps=12",
+                "train.save_every=4",
+                "train.validate_every=0",
+                "train.tokens=128",
+                "train.accumulate=2",
+            ),
+        ],
+    )
+    data, _ = prepared_data(settings, tmp_path, lambda _: None)
+
+    def train(name: str, killed_after: int = 0) -> dict[str, object]:
+        def show(update: int, *_: object) -> None:
+            if update == killed_after:
+                raise Killed
+
+        Trainer(Setting(settings, data, tmp_path / name, "cpu", Stop(), lambda _: None)).run(show)
+        return json.loads((tmp_path / name / "bundle" / atomic.MANIFEST).read_text())
+
+    unbroken = train("unbroken")
+    for update in (3, 6, 11):
+        with pytest.raises(Killed):
+            train("broken", update)
+    assert train("broken") == unbroken

@@ -27,12 +27,6 @@ def fingerprint(run: Path) -> dict[str, object]:
 
 IN_TURN = ("train.average=2",)
 SIDE_BY_SIDE = ("train.threads=2", "train.accumulate=2", "train.tokens=128", "train.optimizer=muon")
-NOISY = (
-    *("train.steps=20", "train.validate_every=10", "text.tokenizer=sentencepiece", "text.vocabulary=300"),
-    *("regularize.rdrop=5", "regularize.smoothing_prior=unigram", "regularize.subword_sampling=0.3"),
-    *("regularize.word_dropout_source=0.1", "regularize.word_dropout_target=0.1", "regularize.word_dropout_warmup=15"),
-    *("risk.metric=chrf", "risk.weight=0.5", "risk.samples=2", "decoding.max_length=8", "guide.weight=0.1"),
-)
 
 
 def trained(folder: Path, overrides: tuple[str, ...]) -> tuple[Path, dict[str, object]]:
@@ -52,11 +46,6 @@ def unbroken_side_by_side(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("side"), SIDE_BY_SIDE)
 
 
-@pytest.fixture(scope="module")
-def unbroken_noisy(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("noisy"), NOISY)
-
-
 def wait_for(condition, process) -> bool:
     """Wait until the condition holds; False if the process ended before."""
     deadline = time.monotonic() + TIMEOUT
@@ -74,12 +63,7 @@ def lines_of(path: Path) -> int:
 
 @pytest.mark.parametrize(
     ("fixture", "overrides", "seed"),
-    [
-        ("unbroken", IN_TURN, 0),
-        ("unbroken", IN_TURN, 1),
-        ("unbroken_side_by_side", SIDE_BY_SIDE, 2),
-        ("unbroken_noisy", NOISY, 3),
-    ],
+    [("unbroken", IN_TURN, 0), ("unbroken", IN_TURN, 1), ("unbroken_side_by_side", SIDE_BY_SIDE, 2)],
 )
 def test_killed_at_any_moment_and_started_again(request, tmp_path, fixture, overrides, seed):
     recipe, expected = request.getfixturevalue(fixture)
