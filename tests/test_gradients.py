@@ -56,7 +56,7 @@ def assert_equal(a: list, b: list) -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("objective", [CrossEntropy(0.1), RDrop(CrossEntropy(0.1), 5.0)])
+@pytest.mark.parametrize("objective", [CrossEntropy(0.1), RDrop(0.1, None, 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_side_by_side_gives_the_bytes_of_in_turn(dtype, objective):
     one, in_turn = computed(model(dtype), threads=1, most=5, objective=objective)

@@ -74,7 +74,7 @@ def assert_same(ours: tuple[Tensor, list[Tensor]], loss: Tensor, network: nn.Mod
 @pytest.mark.parametrize("prior", [None, torch.arange(VOCAB) / sum(range(VOCAB))])
 def test_rdrop_is_the_papers_loss_halved(prior):
     network, data, alpha = model(), batch(), 3.0
-    ours = computed(RDrop(CrossEntropy(0.1, prior), alpha), network, data, 0.5)
+    ours = computed(RDrop(0.1, prior, alpha), network, data, 0.5)
     with drawing(3):  # the same dropout: the same batch of twice the rows
         both = log_probs(network, data.source.repeat_interleave(2, 0), data.known_target.repeat_interleave(2, 0))
     real = data.known_target[:, 1:] != PAD
@@ -104,7 +104,7 @@ def test_rdrop_does_not_depend_on_chunks(chunk):
 
 def test_rdrop_of_equal_passes_is_cross_entropy():
     network, data = model(dropout=0.0), batch()
-    loss, gradients = computed(RDrop(CrossEntropy(0.1), 5.0), network, data)
+    loss, gradients = computed(RDrop(0.1, None, 5.0), network, data)
     plain, others = computed(CrossEntropy(0.1), network, data)
     torch.testing.assert_close(loss, plain)
     for a, b in zip(gradients, others, strict=True):
@@ -115,9 +115,9 @@ def test_smoothing_toward_the_unigrams_of_the_training_targets(tmp_path):
     sides = (Side(VOCAB, "a"), Side(VOCAB, "b"))
     with atomic.new_folder(tmp_path / "data") as folder:
         write_shards(folder, "train", [([4], [4, 4, 5]), ([5], [6]), ([6], [4])], sides, shard_size=2)
-    settings = recipe.from_resolved({"task": {"name": "translation"}, "data": {"name": "cldr"}})
-    settings.regularize.smoothing_prior = "unigram"
-    objective = make_objective(settings, model(), Store.open(tmp_path / "data", "train"), VOCAB)
+    bundle = small_bundle("", 1)
+    bundle.recipe.regularize.smoothing_prior = "unigram"
+    objective = make_objective(bundle, Store.open(tmp_path / "data", "train"))
     prior = torch.tensor([0, 0, 0, 3, 3, 1, 1, 0, 0, 0, 0, 0]) / 8  # three ends, three of token 4
     network, data = model(dropout=0.0), batch()
     real = data.known_target[:, 1:] != PAD
@@ -200,7 +200,7 @@ def test_the_loss_of_a_batch_is_that_of_its_parts():
 
 def small_bundle(metric: str, samples: int) -> Bundle:
     """An untrained model of letters."""
-    tokenizer = Character.train(["abcdef"], TokenizerOptions(20))
+    tokenizer = Character.train(["abcdefgh"], TokenizerOptions(20))
     sections = {"task": {"name": "translation"}, "data": {"name": "cldr"}, "text": {"tokenizer": "character"}}
     settings = recipe.from_resolved(sections | {"risk": {"metric": metric, "samples": samples}})
     settings.decoding.config.max_length = 4
@@ -249,9 +249,9 @@ def test_less_risk_is_learned():
 
     before = np.mean([mean_cost(seed) for seed in range(1000, 1005)])
     parameters = list(network.parameters())
-    optimizer = torch.optim.Adam(parameters, 3e-3)
+    optimizer = torch.optim.Adam(parameters, 6e-3)
     gradients = Gradients(network, parameters, ExpectedRisk(1.0), 1)
-    for update in range(60):
+    for update in range(40):
         judged = judge(data, update)
         ((_, found),) = gradients.of([judged], 1 / int(data.target_lengths.sum()), update)
         for parameter, gradient in zip(parameters, found, strict=True):
@@ -259,5 +259,4 @@ def test_less_risk_is_learned():
         optimizer.step()
     gradients.close()
     after = np.mean([mean_cost(seed) for seed in range(1000, 1005)])
-    assert before > 0.8
-    assert after < 0.5
+    assert after < before - 0.2

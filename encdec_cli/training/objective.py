@@ -9,10 +9,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
 from encdec_cli.models.model import Model
-from encdec_cli.recipe import Recipe
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
 from encdec_cli.training.guide import GuidedAttention, chosen_head
@@ -58,7 +58,9 @@ class RDrop:
     ways: half of the paper's loss, so that it remains the loss of one pass.
     """
 
-    base: CrossEntropy
+    smoothing: float
+    prior: Tensor | None
+    """As of `CrossEntropy`."""
     weight: float
 
     def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
@@ -69,7 +71,7 @@ class RDrop:
         # The two passes of a position side by side: [rows, tgt_len x 2, dim].
         hidden = model(source, mask, read).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:].repeat_interleave(2, 1))
-        criterion = Agreement(loss.CrossEntropy(labels, self.base.smoothing, self.base.prior), self.weight)
+        criterion = Agreement(loss.CrossEntropy(labels, self.smoothing, self.prior), self.weight)
         # Half the chunk, since twice as much is computed from it: less time is spent on fresh memory.
         return chunked_loss(rows, model.project, criterion, parameters, weight, CHUNK // 2)
 
@@ -110,23 +112,23 @@ class Mixture:
         return torch.stack(losses).sum()
 
 
-def make_objective(recipe: Recipe, model: Model, store: Store, vocabulary: int) -> Objective:
-    """Return the objective of a recipe.
+def make_objective(bundle: Bundle, store: Store) -> Objective:
+    """Return the objective of a recipe: what its `train`, `regularize`, `guide` and `risk` add up to.
 
     Args:
-        recipe: its `train`, `regularize`, `guide` and `risk`.
-        model: the one that learns, on its device. Raises UsageError if it has no head to guide.
+        bundle: the model that learns, on its device, and its recipe. Raises UsageError if it has no head to guide.
         store: the training examples.
-        vocabulary: target tokens.
     """
-    device = next(model.parameters()).device
-    prior = _unigram(store, vocabulary).to(device) if recipe.regularize.smoothing_prior == "unigram" else None
-    tokens = CrossEntropy(recipe.train.label_smoothing, prior)
-    objective: Objective = RDrop(tokens, recipe.regularize.rdrop) if recipe.regularize.rdrop else tokens
+    recipe, smoothing, prior = bundle.recipe, bundle.recipe.train.label_smoothing, None
+    if recipe.regularize.smoothing_prior == "unigram":
+        prior = _unigram(store, len(bundle.target.vocabulary)).to(bundle.device)
+    objective: Objective = CrossEntropy(smoothing, prior)
+    if recipe.regularize.rdrop:
+        objective = RDrop(smoothing, prior, recipe.regularize.rdrop)
     share = recipe.risk.weight if recipe.risk.metric else 0.0
     parts: list[tuple[float, Objective]] = [(1 - share, objective), (share, ExpectedRisk(recipe.risk.sharpness))]
     if recipe.guide.weight:
-        parts.append((recipe.guide.weight, GuidedAttention(chosen_head(model, recipe.guide))))
+        parts.append((recipe.guide.weight, GuidedAttention(chosen_head(bundle.model, recipe.guide))))
     parts = [(share, part) for share, part in parts if share]
     return parts[0][1] if len(parts) == 1 else Mixture(parts)
 

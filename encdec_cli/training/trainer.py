@@ -79,7 +79,7 @@ class Trainer:
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        objective = make_objective(setting.recipe, model, self.store, len(target.vocabulary))
+        objective = make_objective(self.bundle, self.store)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
