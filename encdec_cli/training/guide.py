@@ -135,7 +135,7 @@ class GuidedAttention:
     head: Head
 
     def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
-        """Return `weight` times the summed loss; see `Objective`. The decoder is run once more, up to the head."""
+        """Return `weight` times the summed loss; see `Objective`. Encoder and decoder run once more, up to the head."""
         if batch.links is None:
             raise TypeError("a batch without links")
         state = model.start(model.encode(batch.source, batch.source_mask))
