@@ -133,6 +133,75 @@ class Lora:
             raise ValueError(f"alpha ({self.alpha}) must be above 0")
 
 
+@dataclass
+class Regularize:
+    """What makes learning harder so that the model generalises better; all of it is off unless asked for."""
+
+    rdrop: float = 0.0
+    """Weight of R-Drop (https://arxiv.org/abs/2106.14448): each batch is read twice with different dropout, and the two
+    distributions of every target token are pulled together; 5 is usual for translation. Updates take twice as long."""
+    smoothing_prior: Literal["uniform", "unigram"] = "uniform"
+    """How train.label_smoothing spreads: evenly, or by how often each token stands in the training targets."""
+    subword_sampling: float = 0.0
+    """Cut the training text into other subwords each time; SentencePiece's alpha. With text.algorithm bpe the
+    probability of leaving out a merge (BPE-dropout, https://arxiv.org/abs/1910.13267; 0.1 is usual), with unigram the
+    power of a segmentation's probability (https://arxiv.org/abs/1804.10959; 0.2 to 0.5, less is noisier)."""
+    word_dropout_source: float = 0.0
+    """Probability with which a source token is hidden: read as `<unk>` (https://arxiv.org/abs/1512.05287)."""
+    word_dropout_target: float = 0.0
+    """Likewise for target tokens that the decoder reads (https://arxiv.org/abs/1511.06349); it still writes them."""
+    word_dropout_warmup: int = 0
+    """Updates in which both probabilities rise from zero."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, rdrop=self.rdrop, subword_sampling=self.subword_sampling)
+        _at_least(0, word_dropout_warmup=self.word_dropout_warmup)
+        for key in ("word_dropout_source", "word_dropout_target"):
+            if not 0 <= vars(self)[key] < 1:
+                raise ValueError(f"{key}: {vars(self)[key]} must be at least 0 and below 1")
+
+
+@dataclass
+class Guide:
+    """Guided alignment (https://arxiv.org/abs/1909.02074): one head of the decoder's attention learns to look where a
+    word aligner says that a word comes from; `--alignments LAYER.HEAD` then reads it."""
+
+    weight: float = 0.0
+    """Weight of its loss beside that of the tokens; 0.05 is usual, 0 guides nothing."""
+    layer: int = -1
+    """Decoder layer of the head, from 0; -1 is the last, -2 the one before it."""
+    head: int = 0
+    """The head, from 0."""
+    alignments: str = ""
+    """A file with the links `i-j` of the words of each training example, a line each, as fast_align writes it; empty:
+    IBM Model 1 learns them from the training examples, if they are not too many."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, weight=self.weight, head=self.head)
+
+
+@dataclass
+class Risk:
+    """Minimum risk training on a metric (Shen et al. 2016, https://arxiv.org/abs/1512.02433), for a model that has
+    learned already: with --init-from, and a tenth of its train.rate and train.tokens."""
+
+    metric: str = ""
+    """The metric that judges each output, with options as `--metric` takes them; empty: no such training."""
+    samples: int = 5
+    """Outputs drawn for each source; the risk is taken over those that differ and the reference."""
+    sharpness: float = 0.005
+    """Power of an output's probability in the risk."""
+    weight: float = 1.0
+    """Share of the risk in the loss; the rest is that of the reference's tokens."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, samples=self.samples)
+        if self.sharpness <= 0:
+            raise ValueError(f"sharpness: {self.sharpness} must be above 0")
+        if not 0 < self.weight <= 1:
+            raise ValueError(f"weight: {self.weight} must be above 0 and at most 1")
+
+
 def _at_least(least: int, **values: float) -> None:
     wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
     if wrong:
@@ -157,13 +226,19 @@ class Recipe:
     """How the model learns, and how often its progress is judged and saved."""
     lora: Lora = field(default_factory=Lora)
     """Low-rank adaptation: a change of the model of --init-from that is small to learn."""
+    regularize: Regularize = field(default_factory=Regularize)
+    """What makes learning harder so that the model generalises better; all of it is off unless asked for."""
+    guide: Guide = field(default_factory=Guide)
+    """Guided alignment: a head of attention that learns where words come from; off without a weight."""
+    risk: Risk = field(default_factory=Risk)
+    """Minimum risk training on a metric; off without one."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
     """The plugin files that were run for this recipe."""
 
 
-SECTIONS = ("plugins", "task", "data", "text", "model", "train", "lora", "decoding")
+SECTIONS = ("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "decoding")
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
 DATA_SECTIONS = ("task", "data", "text")
@@ -192,8 +267,9 @@ def load(
     tree = loader.read(path, overrides, mistakes)
     loaded = load_plugins(plugins) + _load_named(tree, path.parent, mistakes)
     checked = None if sections is None else {"plugins", *sections}
-    if checked is None or "train" in checked:
-        _check_metric(tree, mistakes)
+    for section in ("train", "risk"):
+        if checked is None or section in checked:
+            _check_metric(tree, section, mistakes)
     return loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
 
 
@@ -214,12 +290,12 @@ def _load_named(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:
     return loaded
 
 
-def _check_metric(tree: Node, mistakes: Mistakes) -> None:
-    """Note what is wrong with `train.metric`; here, since a model in use needs the metric no more."""
-    section = tree.value.get("train") if isinstance(tree.value, dict) else None
+def _check_metric(tree: Node, name: str, mistakes: Mistakes) -> None:
+    """Note what is wrong with the metric of a section; here, since a model in use needs it no more."""
+    section = tree.value.get(name) if isinstance(tree.value, dict) else None
     metric = section.value.get("metric") if section and isinstance(section.value, dict) else None
-    if metric and isinstance(metric.value, str):
-        component_of(metric.value, metrics, metric.place, "train.metric", mistakes)
+    if metric and isinstance(metric.value, str) and (metric.value or name == "train"):  # no risk needs no metric
+        component_of(metric.value, metrics, metric.place, f"{name}.metric", mistakes)
 
 
 def from_resolved(value: Any, source: str = "recipe") -> Recipe:

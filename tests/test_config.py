@@ -499,6 +499,9 @@ def test_the_sections_hold_exactly_the_keys_that_were_agreed():
     assert " ".join(vars(recipe.Text())) == text
     assert " ".join(vars(recipe.Train())) == train
     assert " ".join(vars(recipe.Lora())) == "rank alpha targets whole"
+    regularize = "rdrop smoothing_prior subword_sampling word_dropout_source word_dropout_target word_dropout_warmup"
+    assert " ".join(vars(recipe.Regularize())) == regularize
+    assert " ".join(vars(recipe.Risk())) == "metric samples sharpness weight"
 
 
 @pytest.mark.parametrize(

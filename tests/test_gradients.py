@@ -10,7 +10,7 @@ from encdec_cli.data.batch import Batch, collate
 from encdec_cli.models.model import Model
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.gradients import Gradients
-from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.objective import CrossEntropy, Objective, RDrop
 
 VOCAB = 30
 
@@ -37,11 +37,13 @@ def batches(number: int) -> list[Batch]:
     return [collate(some(5 + i), some(5 + i), range(5 + i)) for i in range(number)]
 
 
-def computed(model: nn.Module, threads: int, most: int, number: int = 5, seed: int = 3) -> tuple[int, list]:
+def computed(
+    model: nn.Module, threads: int, most: int, number: int = 5, seed: int = 3, objective: Objective | None = None
+) -> tuple[int, list]:
     """The workers that were used; loss and gradients of each micro-batch."""
     torch.set_num_threads(threads)
     parameters = list(model.parameters())
-    gradients = Gradients(model, parameters, CrossEntropy(0.1), most)
+    gradients = Gradients(model, parameters, objective or CrossEntropy(0.1), most)
     results = list(gradients.of(batches(number), 0.01, seed))
     gradients.close()
     assert torch.get_num_threads() == threads
@@ -54,11 +56,12 @@ def assert_equal(a: list, b: list) -> None:
         assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("objective", [CrossEntropy(0.1), RDrop(0.1, None, 5.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_side_by_side_gives_the_bytes_of_in_turn(dtype):
-    one, in_turn = computed(model(dtype), threads=1, most=5)
-    two, beside = computed(model(dtype), threads=2, most=2)
-    three, wider = computed(model(dtype), threads=3, most=5)
+def test_side_by_side_gives_the_bytes_of_in_turn(dtype, objective):
+    one, in_turn = computed(model(dtype), threads=1, most=5, objective=objective)
+    two, beside = computed(model(dtype), threads=2, most=2, objective=objective)
+    three, wider = computed(model(dtype), threads=3, most=5, objective=objective)
     assert (one, two, three) == (1, 2, 3)
     assert_equal(in_turn, beside)
     assert_equal(in_turn, wider)

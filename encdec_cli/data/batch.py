@@ -26,6 +26,10 @@ class Batch:
     """`[rows, tgt_len]`: BOS, tokens, EOS, then PAD; None where targets are not known."""
     rows: list[int]
     """The number of each example where it comes from."""
+    seen: Tensor | None = None
+    """`target` as the decoder is to read it, with `<unk>` for some tokens; None where that is the target itself."""
+    links: Tensor | None = None
+    """`[rows, tgt_len - 1, src_len]` fp32: where each target token after BOS comes from; None where nobody asks."""
 
     @property
     def source_mask(self) -> Tensor:
@@ -39,10 +43,29 @@ class Batch:
             raise ValueError("a batch without targets")
         return self.target
 
+    @property
+    def decoder_input(self) -> Tensor:
+        """`[rows, tgt_len - 1]`: what a decoder reads to predict `known_target[:, 1:]`."""
+        return (self.known_target if self.seen is None else self.seen)[:, :-1]
+
+    @property
+    def target_lengths(self) -> Tensor:
+        """`[rows]`: tokens to predict, EOS included."""
+        return (self.known_target[:, 1:] != PAD).sum(1)
+
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on a device."""
-        target = None if self.target is None else self.target.to(device)
-        return Batch(self.source.to(device), target, self.rows)
+        others = (None if side is None else side.to(device) for side in (self.target, self.seen, self.links))
+        target, seen, links = others
+        return Batch(self.source.to(device), target, self.rows, seen, links)
+
+    def take(self, begin: int, end: int) -> Batch:
+        """Return the examples `begin … end - 1`, padded no longer than they need; no copies."""
+        source, target = self.source[begin:end], self.known_target[begin:end]
+        read, written = (int((side != PAD).sum(1).max()) for side in (source, target))
+        seen = None if self.seen is None else self.seen[begin:end, :written]
+        links = None if self.links is None else self.links[begin:end, : written - 1, :read]
+        return Batch(source[:, :read], target[:, :written], self.rows[begin:end], seen, links)
 
 
 def collate(sources: Ragged | Sequences, targets: Ragged | Sequences | None, rows: Sequence[int]) -> Batch:

@@ -145,6 +145,11 @@ class Store:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def target_counts(self, size: int) -> Ints:
+        """Return how often each token of a vocabulary of `size` stands in the targets (without EOS), `[size]`."""
+        counts = (np.bincount(shard.tokens[1], minlength=size) for shard in self._shards)
+        return sum(counts, np.zeros(size, np.int64))
+
     def gather(self, indices: npt.ArrayLike) -> tuple[Ragged, Ragged]:
         """Return the sources and the targets of many examples, in the order asked for, without a loop over them."""
         wanted = np.asarray(indices, dtype=np.int64)

@@ -98,6 +98,15 @@ class SentencePiece:
         text: str = self._processor.decode([int(id) for id in ids if id not in (PAD, BOS, EOS)])
         return text
 
+    def scores(self) -> dict[int, float]:
+        """Return what the model ranks pieces by: log-probabilities (unigram), or minus the order of merges (bpe).
+
+        By id, only of pieces that stand for the characters they show: no bytes, no special tokens.
+        """
+        one = self._processor
+        ids = [id for id in range(len(SPECIAL), len(self.vocabulary)) if not (one.is_byte(id) or one.is_unused(id))]
+        return dict(zip(ids, one.get_score(ids), strict=True))
+
 
 def _training_text(lines: Iterable[str]) -> Iterator[str]:
     # SentencePiece leaves out lines with a tab or NUL; it need not see either, it has their bytes.

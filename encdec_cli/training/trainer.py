@@ -17,7 +17,6 @@ from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import recover
-from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
 from encdec_cli.errors import NonFiniteError, UsageError
@@ -26,6 +25,7 @@ from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
 from encdec_cli.training.clock import Clock
+from encdec_cli.training.feed import Feed
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
@@ -77,13 +77,14 @@ class Trainer:
         self.model = model
         chosen = precision.choose(self.train.precision, setting.device)
         self.store = setting.data.store("train")
-        self.optimizer = make_optimizer(model, self.train, self._load(np.array([0])), chosen.dtype)
+        self.feed = Feed(self.bundle, setting.data)
+        self.optimizer = make_optimizer(model, self.train, self.feed(np.array([0]), 0), chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        objective = make_objective(self.train)
+        objective = make_objective(self.bundle, self.store)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
@@ -138,15 +139,12 @@ class Trainer:
         batches = self.sampler.batches(0)
         for lengths in (self.store.target_lengths, self.store.source_lengths):
             sizes = [len(rows) * int(lengths[rows].max() + 1) ** 2 for rows in batches]
-            largest = self._load(batches[sizes.index(max(sizes))])
+            largest = self.feed(batches[sizes.index(max(sizes))], 0)
             list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
         self.validation.try_longest(self.bundle)
         weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
         return weights, learning, len(batches)
-
-    def _load(self, rows: Ints) -> Batch:
-        return collate(*self.store.gather(rows), rows.tolist()).to(self.setting.device)
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -166,8 +164,8 @@ class Trainer:
     def _update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
-        loaded = [self._load(rows) for rows in batches]
-        tokens = sum(int(self.store.target_lengths[rows].sum()) + len(rows) for rows in batches)  # EOS counts
+        loaded = [self.feed(rows, step) for rows in batches]
+        tokens = sum(int(batch.target_lengths.sum()) for batch in loaded)
         loss = 0.0
         # A seed of its own for each update: no random state has to be saved.
         for part, gradient in self.gradients.of(loaded, 1 / tokens, self.train.seed * 1_000_003 + step):
