@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "atomic": set(),
     "config": set(),
     "text": {"atomic"},
-    "corpora": {"atomic", "text"},
+    "corpora": {"atomic", "config", "text"},
     "tasks": {"text"},
     "recipe": {"config"},
     "data": {"atomic", "recipe", "text", "corpora", "tasks"},
@@ -34,7 +34,7 @@ LAYERS: dict[str, set[str]] = {
     "reranking": {"config", "text", "bundle", "generation", "evaluation"},
     "training": {
         *("atomic", "config", "recipe", "text", "tasks", "data", "models", "decoding"),
-        *("bundle", "generation", "evaluation"),
+        *("bundle", "generation", "evaluation", "reranking"),
     },
 }
 BELOW_ALL = {"__init__", "errors", "registry"}

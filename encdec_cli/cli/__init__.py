@@ -17,6 +17,7 @@ import typer
 from encdec_cli import __version__
 from encdec_cli.cli import console
 from encdec_cli.cli.chat import chat
+from encdec_cli.cli.distill import distill
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
 from encdec_cli.cli.generate import generate
@@ -28,6 +29,7 @@ from encdec_cli.errors import EncdecError, ExitCode
 COMMANDS: dict[str, Callable[..., None]] = {
     "preprocess": preprocess,
     "train": train,
+    "distill": distill,
     "generate": generate,
     "evaluate": evaluate,
     "export": export,
@@ -38,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 SUMMARIES = {
     "preprocess": "Read a recipe's corpus and write what training reads.",
     "train": "Train a model from a recipe, or go on where it was stopped.",
+    "distill": "Train a small model on what a large one writes, and compare them.",
     "generate": "Translate, summarise or answer: lines in, lines out.",
     "evaluate": "Score outputs against references, with intervals and tests.",
     "export": "Write a model in another program's format.",

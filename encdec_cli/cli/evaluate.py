@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, RerankOption
+from encdec_cli.cli.options import DeviceOption, MetricOption, ModelOption, PluginOption, RerankOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -49,10 +49,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", metavar="NAME,KEY=VALUE,…", help="Such as bleu,tokenize=zh; repeat for more."),
-    ] = None,
+    metric: MetricOption = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option(
@@ -86,7 +83,7 @@ def evaluate(
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
     plugins = plugin or []
     load_plugins(plugins)
-    chosen = _metrics(metric or ())
+    chosen = chosen_metrics(metric or ())
     lines = read_hypotheses(file)
     _check_rerank(rerank, lines)
     bundle = None
@@ -94,7 +91,7 @@ def evaluate(
         bundle = _bundle(model, device, plugins)
     else:
         _tell_unused(model, source)
-    chosen = chosen or _metrics(_usual_metrics(bundle))
+    chosen = chosen or chosen_metrics(_usual_metrics(bundle))
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen, rerank)
@@ -187,7 +184,8 @@ def _bundle(model: Path | None, device: str, plugins: Sequence[Path]) -> Bundle:
     return load_bundles([model] if model else [], device, plugins)[0]
 
 
-def _metrics(names: Sequence[str]) -> list[Metric]:
+def chosen_metrics(names: Sequence[str]) -> list[Metric]:
+    """Return the metrics of --metric. Raises UsageError for an unknown one, and for what one of them lacks."""
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
@@ -257,15 +255,15 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     examples = _examples(bundle, source)
     check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
     if to_write:
-        outputs.hypotheses = _write(bundle, examples, rerank)
+        outputs.hypotheses = write_hypotheses(bundle, examples, rerank)
     if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
 
 
-def _write(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
+def write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
     """Return what the model writes for each example, after the reranker if one is named."""
-    from encdec_cli.cli.models import decode
     from encdec_cli.generation.lines import Options, first_text
+    from encdec_cli.reranking.reranker import decode
     from encdec_cli.text.windows import full_windows
     from encdec_cli.training.machine import decoding_workers
 

@@ -138,9 +138,10 @@ def generate(
     from encdec_cli.cli import scoring
     from encdec_cli.cli.fail_on import FailOn
     from encdec_cli.cli.input import Reader, windows_of
-    from encdec_cli.cli.models import choose_ensemble, decode, load_bundles
+    from encdec_cli.cli.models import choose_ensemble, load_bundles
     from encdec_cli.cli.output import Writer, write_all
     from encdec_cli.generation.lines import Options
+    from encdec_cli.reranking.reranker import decode
     from encdec_cli.text.lines import LineReport
     from encdec_cli.training.machine import decoding_workers
 
