@@ -1,4 +1,4 @@
-"""Label-smoothed cross-entropy of hidden states, whose logits never stand in memory whole.
+"""The loss of hidden states, such as label-smoothed cross-entropy, whose logits never stand in memory whole.
 
 The rows are projected in chunks, and each chunk's gradient is computed while its logits are still in the cache. The
 idea is that of Cut Cross-Entropy (https://arxiv.org/abs/2411.09009) and of Liger's fused linear cross-entropy
@@ -8,7 +8,8 @@ idea is that of Cut Cross-Entropy (https://arxiv.org/abs/2411.09009) and of Lige
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +30,69 @@ def real_rows(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.flatten(0, 1).index_select(0, places), target.reshape(-1).index_select(0, places)
 
 
+class Criterion(Protocol):
+    """What rows of logits cost."""
+
+    group: ClassVar[int]
+    """Rows that must be seen together: a chunk holds a multiple of them."""
+
+    def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
+        """Return the summed loss of some rows, a scalar, and `weight` times its gradient by their logits, both fp32.
+
+        Args:
+            logits: [n, vocab]; must not be changed.
+            rows: which rows of all they are.
+            weight: what the gradient is multiplied by.
+        """
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy in nats of known targets, smoothed toward a prior."""
+
+    group: ClassVar[int] = 1
+
+    target: Tensor
+    """[n], int64."""
+    smoothing: float = 0.0
+    """The share of probability that is spread over the vocabulary."""
+    prior: Tensor | None = None
+    """[vocab] fp32, sum 1: how that share is spread; None: evenly."""
+    scale: Tensor | None = None
+    """[n] fp32: what each row's loss is multiplied by; None: by 1."""
+
+    def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
+        """Return loss and gradient; see `Criterion`."""
+        losses, scores, normaliser = self.parts(logits, rows)
+        # Softmax minus the smoothed target, times the weight.
+        scores.mul_(weight / normaliser)
+        if self.prior is not None:
+            scores.sub_(self.smoothing * weight * self.prior)
+        elif self.smoothing:
+            scores.sub_(self.smoothing * weight / scores.shape[1])
+        wanted = self.target[rows].unsqueeze(1)
+        scores.scatter_add_(1, wanted, scores.new_full(wanted.shape, (self.smoothing - 1) * weight))
+        if self.scale is not None:
+            scale = self.scale[rows].unsqueeze(1)
+            losses, scores = losses * scale, scores.mul_(scale)
+        return losses.sum(), scores
+
+    def parts(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return unscaled losses [n, 1], exp(logits - their maximum) [n, vocab] and its row sums [n, 1], all fp32."""
+        # One fp32 copy, used in place from here on: the output layer's own backward may need the logits themselves.
+        scores = logits.detach().to(torch.float32, copy=True)
+        wanted = scores.gather(1, self.target[rows].unsqueeze(1))
+        if self.prior is not None:
+            mean = (scores @ self.prior).unsqueeze(1)
+        else:
+            mean = scores.mean(1, keepdim=True) if self.smoothing else torch.zeros_like(wanted)
+        maximum = scores.amax(1, keepdim=True)
+        scores.sub_(maximum).exp_()
+        normaliser = scores.sum(1, keepdim=True)
+        losses = normaliser.log() + maximum - (1 - self.smoothing) * wanted - self.smoothing * mean
+        return losses, scores, normaliser
+
+
 def token_loss(
     hidden: Tensor,
     project: Project,
@@ -41,31 +105,56 @@ def token_loss(
     """Return `weight` times the sum of the label-smoothed cross-entropies in nats, and the number of tokens.
 
     The loss is that of `F.cross_entropy(project(hidden), target, label_smoothing=smoothing, reduction="sum")`, and so
-    is its gradient. With `weight` = 1 / (tokens of the whole update) the gradients of micro-batches add up to that of
-    their mean token.
+    is its gradient. Arguments as for `chunked_loss`; target: [n], int64; smoothing: the share of probability spread
+    evenly over the vocabulary.
+    """
+    loss = chunked_loss(hidden, project, CrossEntropy(target, smoothing), parameters, weight, chunk)
+    return loss, target.numel()
+
+
+def chunked_loss(
+    hidden: Tensor,
+    project: Project,
+    criterion: Criterion,
+    parameters: Sequence[Tensor],
+    weight: float = 1.0,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Return `weight` times the loss of all rows, a scalar to be differentiated.
+
+    With `weight` = 1 / (tokens of the whole update) the gradients of micro-batches add up to that of their mean token.
 
     Args:
         hidden: [n, dim], real positions only (see `real_rows`); fp32 or bf16.
         project: the output layer; called on chunks of rows.
-        target: [n], int64.
-        smoothing: the share of probability spread evenly over the vocabulary.
+        criterion: of the logits.
         parameters: every tensor that `project` may use; others among them are harmless.
         weight: what the loss, and so its gradient, is multiplied by.
         chunk: the number of logits that stand in memory at a time.
     """
-    if target.numel() == 0:
-        return hidden.float().sum() * 0.0, 0
+    if not len(hidden):
+        return hidden.float().sum() * 0.0
     used, vocab = used_by(project, hidden, parameters)
-    size = max(8, chunk // vocab)
+    size = max(8, chunk // vocab) // criterion.group * criterion.group
     if torch.is_grad_enabled() and (used or hidden.requires_grad):
-        settings = (smoothing, weight, size)
-        loss: Tensor = _ChunkedLoss.apply(hidden, target, project, settings, *used)  # type: ignore[no-untyped-call]
-        return loss, target.numel()
+        loss: Tensor = _ChunkedLoss.apply(hidden, project, criterion, (weight, size), *used)  # type: ignore[no-untyped-call]
+        return loss
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(target), size):
-        rows = slice(start, start + size)
-        total += _losses(project(hidden[rows]), target[rows], smoothing)[0]
-    return total * weight, target.numel()
+    for rows in _chunks(hidden, size):
+        total += criterion(project(hidden[rows]), rows, weight)[0]
+    return total * weight
+
+
+@torch.no_grad()
+def log_probs(hidden: Tensor, project: Project, target: Tensor, chunk: int = CHUNK) -> Tensor:
+    """Return the natural log-probability of each target, [n] fp32; arguments as for `token_loss`."""
+    criterion, size = CrossEntropy(target), max(8, chunk // project(hidden[:1]).shape[-1])
+    found = [-criterion.parts(project(hidden[rows]), rows)[0].squeeze(1) for rows in _chunks(hidden, size)]
+    return torch.cat(found)
+
+
+def _chunks(hidden: Tensor, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
 def used_by(project: Project, hidden: Tensor, parameters: Sequence[Tensor]) -> tuple[list[Tensor], int]:
@@ -78,19 +167,6 @@ def used_by(project: Project, hidden: Tensor, parameters: Sequence[Tensor]) -> t
     return [p for p, gradient in zip(wanted, found, strict=True) if gradient is not None], logits.shape[-1]
 
 
-def _losses(logits: Tensor, target: Tensor, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the summed loss, exp(logits - their maximum) [n, vocab] and its row sums [n, 1], all in fp32."""
-    # One fp32 copy, used in place from here on: the output layer's own backward may need the logits themselves.
-    scores = logits.detach().to(torch.float32, copy=True)
-    wanted = scores.gather(1, target.unsqueeze(1))
-    mean = scores.mean(1, keepdim=True) if smoothing else torch.zeros_like(wanted)
-    maximum = scores.amax(1, keepdim=True)
-    scores.sub_(maximum).exp_()
-    normaliser = scores.sum(1, keepdim=True)
-    losses = normaliser.log() + maximum - (1 - smoothing) * wanted - smoothing * mean
-    return losses.sum(), scores, normaliser
-
-
 class _ChunkedLoss(torch.autograd.Function):
     """The loss and, in the same pass, its gradients, which `backward` only hands out."""
 
@@ -98,29 +174,23 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        target: Tensor,
         project: Project,
-        settings: tuple[float, float, int],
+        criterion: Criterion,
+        settings: tuple[float, int],
         *parameters: Tensor,
     ) -> Tensor:
-        smoothing, weight, size = settings
+        weight, size = settings
         total = hidden.new_zeros((), dtype=torch.float32)
         gradient = torch.empty_like(hidden)
         sums = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in parameters]
-        for start in range(0, len(target), size):
-            rows, labels = hidden[start : start + size].detach().requires_grad_(), target[start : start + size]
+        for rows in _chunks(hidden, size):
+            states = hidden[rows].detach().requires_grad_()
             with torch.enable_grad():
-                logits = project(rows)
-            loss, scores, normaliser = _losses(logits, labels, smoothing)
+                logits = project(states)
+            loss, wanted = criterion(logits.detach(), rows, weight)
             total += loss
-            # Softmax minus the smoothed target, times the weight.
-            scores.mul_(weight / normaliser)
-            if smoothing:
-                scores.sub_(smoothing * weight / scores.shape[1])
-            wanted = labels.unsqueeze(1)
-            scores.scatter_add_(1, wanted, scores.new_full(wanted.shape, (smoothing - 1) * weight))
-            first, *rest = torch.autograd.grad(logits, (rows, *parameters), scores.to(logits.dtype))
-            gradient[start : start + size] = first
+            first, *rest = torch.autograd.grad(logits, (states, *parameters), wanted.to(logits.dtype))
+            gradient[rows] = first
             for already, addend in zip(sums, rest, strict=True):
                 already.add_(addend)
         ctx.gradients = (gradient, *(s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.bundle import Bundle, build_model
+from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import recover
 from encdec_cli.data.batch import Batch, collate
@@ -34,6 +34,7 @@ from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
+from encdec_cli.training.teacher import with_teacher
 from encdec_cli.training.validation import Validation
 
 Show = Callable[[int, float, int, "float | None"], None]
@@ -78,10 +79,13 @@ class Trainer:
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        objective = make_objective(self.train)
+        teacher = setting.recipe.teacher.model
+        objective = with_teacher(setting.recipe, self.bundle) if teacher else make_objective(self.train)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
+        if teacher:
+            self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
