@@ -201,9 +201,9 @@ def test_what_is_missing_is_named(root, model, tmp_path):
         list(corpus(BACK, root, model).read("train"))
     with pytest.raises(BundleError, match="nowhere is neither a bundle nor a run"):
         corpus(BACK, root, tmp_path / "nowhere").fingerprint()
-    with pytest.raises(DataError, match="mono.tgt"):
+    with pytest.raises(DataError, match="none/mono"):
         corpus(BACK, root, model, "data.monolingual=[none/mono.tgt]").fingerprint()
-    with pytest.raises(UsageError, match="data.strategy beem: no strategy 'beem'"):
+    with pytest.raises(UsageError, match="strategy beem: no strategy 'beem'"):
         write_outputs(corpus(BACK, root, model, "data.strategy=beem"), tmp_path / "out", "cpu", print)
 
 

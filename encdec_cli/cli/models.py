@@ -60,7 +60,6 @@ def _check_int8(device: str) -> None:
 
 def choose_ensemble(average: str, weights: str | None) -> Ensemble:
     """Return how several models are averaged. weights: as in `0.7,0.3`."""
-    from encdec_cli.decoding.ensemble import Ensemble
     from encdec_cli.errors import UsageError
 
     try:
@@ -68,6 +67,8 @@ def choose_ensemble(average: str, weights: str | None) -> Ensemble:
     except ValueError:
         expected = "expected a number for each --model, separated by commas, such as 0.7,0.3"
         raise UsageError(f"--weights {weights}: {expected}.") from None
+    from encdec_cli.decoding.ensemble import Ensemble  # after what needs no torch
+
     try:
         return Ensemble(average, numbers)  # type: ignore[arg-type]
     except ValueError as error:

@@ -114,12 +114,19 @@ def _holds_keys_of_another(cls: type[Any], node: Node, name: Node, path: str, mi
     return bool(others)
 
 
+def is_known(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> bool:
+    """Return whether a registry has this name, after noting what it has if not; nothing is imported."""
+    known = registry.names()
+    if name.value in known:
+        return True
+    hint = nearest(str(name.value), known)
+    mistakes.add(name.place, path, f"no {registry.kind} {tell(plain(name))} among {', '.join(known)}{hint}")
+    return False
+
+
 def look_up(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> type[Any] | None:
     """Return the class that a registry knows by this name, or None after noting that it knows none."""
-    known = registry.names()
-    if name.value not in known:
-        hint = nearest(str(name.value), known)
-        mistakes.add(name.place, path, f"no {registry.kind} {tell(plain(name))} among {', '.join(known)}{hint}")
+    if not is_known(registry, name, path, mistakes):
         return None
     try:
         return registry.get(str(name.value))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from encdec_cli.config.checks import component_from, look_up
+from encdec_cli.config.checks import component_from, is_known, look_up
 from encdec_cli.config.mistakes import Mistakes, tell
 from encdec_cli.config.schema import Component, plain_value
 from encdec_cli.config.tree import Node, Place, PlacedError, from_plain, value_of
@@ -28,6 +28,17 @@ def parse_component(text: str, registry: Registry[type[Any]], flag: str, base: C
         config = component_of(text, registry, place, "", mistakes)
     mistakes.check()
     return config
+
+
+def check_name(text: str, registry: Registry[type[Any]], flag: str) -> None:
+    """Raise UsageError if `name,key=value,…` begins with a name that the registry does not know.
+
+    Nothing is imported to find out, and the keys are not looked at.
+    """
+    name, place, mistakes = _split(text)[0], Place(0, 0, f"{flag} {text}"), Mistakes()
+    if "=" not in name:
+        is_known(registry, Node(name, place, place), "", mistakes)
+    mistakes.check()
 
 
 def given_keys(text: str) -> set[str]:

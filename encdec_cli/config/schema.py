@@ -195,10 +195,9 @@ def plain_value(value: Any) -> Any:
         return {key: plain_value(getattr(value, key)) for key in keys(type(value))}
     if isinstance(value, dict):
         return {str(key): plain_value(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(child) for child in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain_value(child) for child in value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [plain_value(child) for child in value]
+        return items if isinstance(value, (list, tuple)) else sorted(items)
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value

@@ -15,9 +15,9 @@ from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_of
-from encdec_cli.decoding.speculative import Draft, DraftedStepper, Speculative
 from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
 from encdec_cli.generation.rules import RuleBook
+from encdec_cli.models.model import Model
 from encdec_cli.text.example import Example
 
 
@@ -90,10 +90,11 @@ class Search:
         self.coverage = coverage
         self._most = longest_output(bundles)
         self.rules = RuleBook(strategy, bundles[0], self._most)
-        self.draft: Bundle | None = None
-        """What proposes tokens, if the strategy asks for a draft."""
-        if isinstance(strategy, Speculative):
-            self.draft = load_alike("draft", strategy.draft, bundles[0])
+        self.helper: Model | None = None
+        """What helps the strategy, if it asks for a helper."""
+        path = strategy.helper()
+        if path is not None:
+            self.helper = load_alike("draft", path, bundles[0]).model
             batches = [collate([[]], None, [0]) for _ in bundles]
             self._stepper(batches, 1, NEVER_WRITTEN)  # a state that cannot be cropped is told of here, once
 
@@ -115,11 +116,8 @@ class Search:
         """Return what gives the scores. batches: as each model reads them; longest: most tokens of any output."""
         sources = [batch.source.to(self.device) for batch in batches]
         masks = [batch.source_mask.to(self.device) for batch in batches]
-        if self.draft is None or not isinstance(self.strategy, Speculative):
-            return Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble, forbidden)
-        small = Stepper([self.draft.model], sources[0], masks[0])
-        draft = Draft(small, self.strategy.draft_tokens, longest)
-        return DraftedStepper(self.models, sources, masks, draft, self.ensemble, forbidden)
+        helper = None if self.helper is None else Stepper([self.helper], sources[0], masks[0])
+        return self.strategy.stepper((self.models, sources, masks), self.ensemble, forbidden, helper, longest)
 
     def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
         """Let the first model read every hypothesis once more, to see what it looks at."""
