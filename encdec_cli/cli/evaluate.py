@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli.generate import Precision, PrecisionOption
 from encdec_cli.cli.options import DeviceOption, MetricOption, ModelOption, PluginOption, RerankOption
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def evaluate(
     ] = None,
     model: ModelOption = None,
     rerank: RerankOption = None,
+    precision: PrecisionOption = Precision.fp32,
     test: TestOption = Test.randomization,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="The numbers alone, one a line.")] = False,
@@ -73,28 +75,31 @@ def evaluate(
     """Score hypotheses against references, with 95 % bootstrap intervals and the signature of each number.
 
     Hypotheses come from FILE or a pipe; on a terminal (or with stdin from /dev/null) the model writes them. A
-    baseline adds the paired significance test.
+    baseline adds the paired significance test. With another --precision than fp32 the model in fp32 is the baseline:
+    the numbers tell what is lost.
     """
+    from encdec_cli.cli.models import model_or_default
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
     from encdec_cli.registry import load_plugins
 
     if as_json and score_only:
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
-    plugins = plugin or []
-    load_plugins(plugins)
+    load_plugins(plugins := plugin or [])
     chosen = chosen_metrics(metric or ())
     lines = read_hypotheses(file)
-    _check_rerank(rerank, lines)
+    _check_unwritten(lines, rerank, precision.value)
     bundle = None
     if lines is None or not reference or any(each.needs_model for each in chosen):
-        bundle = _bundle(model, device, plugins)
+        bundle = _bundle(model := model_or_default(model), device, plugins, precision.value)
     else:
         _tell_unused(model, source)
     chosen = chosen or chosen_metrics(_usual_metrics(bundle))
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen, rerank)
+    if model and precision.value != "fp32" and outputs.baseline is None:
+        outputs.baseline = _unrounded(_bundle(model, device, plugins), source, rerank)
     _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
 
 
@@ -162,11 +167,13 @@ def _tell_if_waiting() -> None:
         console.say("still waiting for hypotheses on stdin; give FILE, or < /dev/null to let the model write them")
 
 
-def _check_rerank(rerank: str | None, lines: list[str] | None) -> None:
+def _check_unwritten(lines: list[str] | None, rerank: str | None, precision: str) -> None:
     from encdec_cli.errors import UsageError
 
-    if rerank is not None and lines is not None:
+    if lines is not None and rerank is not None:
         raise UsageError(f"--rerank {rerank}: the hypotheses are given; it orders what a model writes.")
+    if lines is not None and precision != "fp32":
+        raise UsageError(f"--precision {precision}: the hypotheses are given; it tells of what a model writes.")
 
 
 def _tell_unused(model: Path | None, source: Path | None) -> None:
@@ -178,10 +185,10 @@ def _tell_unused(model: Path | None, source: Path | None) -> None:
         console.warn(f"{' and '.join(unused)} not used: {told}")
 
 
-def _bundle(model: Path | None, device: str, plugins: Sequence[Path]) -> Bundle:
+def _bundle(model: Path, device: str, plugins: Sequence[Path], precision: str = "fp32") -> Bundle:
     from encdec_cli.cli.models import load_bundles
 
-    return load_bundles([model] if model else [], device, plugins)[0]
+    return load_bundles([model], device, plugins, precision)[0]
 
 
 def chosen_metrics(names: Sequence[str]) -> list[Metric]:
@@ -258,6 +265,14 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
         outputs.hypotheses = write_hypotheses(bundle, examples, rerank)
     if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
+
+
+def _unrounded(bundle: Bundle, source: Path | None, rerank: str | None) -> list[str]:
+    """Return what the model writes in fp32."""
+    from encdec_cli.cli import console
+
+    console.say("baseline: the same model in fp32")
+    return write_hypotheses(bundle, _examples(bundle, source), rerank)
 
 
 def write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
