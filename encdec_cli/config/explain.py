@@ -82,6 +82,8 @@ def _keys(schema: type[Any], indent: str) -> Iterator[str]:
 
 def _nested(hint: Any) -> type[Any] | None:
     """Return the dataclass within a type such as `Side | None`, whose keys a default of null does not show."""
+    if chosen_of(hint):
+        return None  # a component: its keys stand where it is chosen first
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)
