@@ -39,7 +39,7 @@ class Synthetic(Corpus):
     rerank: str = ""
     """What orders the outputs of the search anew, as `--rerank` takes it; empty for nothing."""
     drop: list[Trouble] = field(default_factory=lambda: ["empty", "truncated", "max-length", "loop"])
-    """An output with one of these statuses or flags of `generate --json` is left out; `length` and `copy` are others."""
+    """An output with one of these statuses or flags of `generate --json` is left out; others are `length`, `copy`."""
     real: int = 1
     """How often each real pair is seen in an epoch; 0 leaves them out."""
 
