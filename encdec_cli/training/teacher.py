@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle, load_alike
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
-from encdec_cli.recipe import Recipe
 from encdec_cli.training.loss import Criterion, CrossEntropy, Project, chunked_loss, real_rows
 
 
@@ -76,13 +75,13 @@ class Divergence:
         return (1 - self.weight) * total + self.weight * divergence, gradient
 
 
-def with_teacher(recipe: Recipe, bundle: Bundle) -> Distillation:
-    """Return the objective of a recipe that names a teacher, for the model of `bundle`.
+def with_teacher(bundle: Bundle) -> Distillation:
+    """Return the objective of a bundle whose recipe names a teacher.
 
     Raises BundleError unless the teacher reads and writes the same ids.
     """
-    section = recipe.teacher
+    section = bundle.recipe.teacher
     if section.model is None:
         raise ValueError("a recipe without a teacher")
     teacher = load_alike("teacher", section.model, bundle).model.requires_grad_(False)
-    return Distillation(teacher, recipe.train.label_smoothing, section.weight, section.temperature)
+    return Distillation(teacher, bundle.recipe.train.label_smoothing, section.weight, section.temperature)

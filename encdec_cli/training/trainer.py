@@ -80,7 +80,7 @@ class Trainer:
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
         teacher = setting.recipe.teacher.model
-        objective = with_teacher(setting.recipe, self.bundle) if teacher else make_objective(self.train)
+        objective = with_teacher(self.bundle) if teacher else make_objective(self.train)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
