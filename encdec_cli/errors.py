@@ -53,6 +53,16 @@ class DataError(EncdecError):
     code = ExitCode.DATA
 
 
+class LineError(DataError):
+    """One line of the input is wrong."""
+
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(f"line {line}: {what}")
+        self.line = line
+        """Counted from 1."""
+        self.what = what
+
+
 class BundleError(EncdecError):
     """A checkpoint, a bundle or a prepared data folder is damaged or does not fit."""
 

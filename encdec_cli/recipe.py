@@ -202,6 +202,24 @@ class Risk:
             raise ValueError(f"weight: {self.weight} must be above 0 and at most 1")
 
 
+@dataclass
+class Teacher:
+    """A model whose distribution at every position a run learns too: token-level knowledge distillation."""
+
+    model: Path | None = None
+    """Bundle or run of the teacher, which must have the run's vocabularies; null for none."""
+    weight: float = 0.5
+    """What learning from the teacher counts, from 0 to 1; the real targets count the rest."""
+    temperature: float = 1.0
+    """What the logits of both are divided by; above 1 unlikely tokens count for more."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight: {self.weight} must be from 0 to 1.")
+        if self.temperature <= 0:
+            raise ValueError(f"temperature: {self.temperature} must be above 0.")
+
+
 def _at_least(least: int, **values: float) -> None:
     wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
     if wrong:
@@ -232,13 +250,18 @@ class Recipe:
     """Guided alignment: a head of attention that learns where words come from; off without a weight."""
     risk: Risk = field(default_factory=Risk)
     """Minimum risk training on a metric; off without one."""
+    teacher: Teacher = field(default_factory=Teacher)
+    """A model whose distribution at every position the run learns too: token-level knowledge distillation."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
     """The plugin files that were run for this recipe."""
 
 
-SECTIONS = ("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "decoding")
+SECTIONS = (
+    *("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "teacher"),
+    "decoding",
+)
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
 DATA_SECTIONS = ("task", "data", "text")

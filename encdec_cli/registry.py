@@ -180,6 +180,8 @@ corpora: Registry[type[Any]] = Registry(
         "cldr": "encdec_cli.corpora.cldr:Cldr",
         "docstrings": "encdec_cli.corpora.docstrings:Docstrings",
         "chatterbot": "encdec_cli.corpora.chatterbot:Chatterbot",
+        "distilled": "encdec_cli.corpora.distilled:Distilled",
+        "backtranslation": "encdec_cli.corpora.backtranslation:Backtranslation",
     },
     {"cldr": ("babel", "corpora"), "chatterbot": ("chatterbot_corpus", "corpora")},
 )
@@ -203,6 +205,7 @@ rerankers: Registry[type[Any]] = Registry(
     {
         "mbr": "encdec_cli.reranking.mbr:MinimumBayesRisk",
         "noisy_channel": "encdec_cli.reranking.noisy_channel:NoisyChannel",
+        "oracle": "encdec_cli.reranking.oracle:Oracle",
     },
 )
 exporters: Registry[type[Any]] = Registry(

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import subprocess
 import sys
 
 import pytest
 import sacrebleu
+import torch
 
-from tests.conftest import encdec, start, write_lines
+from encdec_cli import cli
+from encdec_cli.generation.lines import Options, first_text, generate
+from encdec_cli.text.example import Example
+from tests.conftest import encdec, save, start, write_lines
+from tests.test_contract import TEXT, make_bundle
 
 HYPOTHESES = ["the cat sat on the mat", "a dog barks", "it rains in Spain today", "nothing to see here"]
 REFERENCES = ["the cat sat on a mat", "the dog barks loudly", "it rains in Spain", "there is nothing to see"]
@@ -205,3 +211,33 @@ def test_generate_then_evaluate_in_a_pipe_is_the_model_evaluated(copy_run):
     alone = encdec("evaluate", "--model", copy_run, "--metric", "bleu")
     assert piped.stdout.decode() == alone.stdout
     assert piped.stdout.startswith(b"BLEU = ")
+
+
+def test_what_a_precision_costs_is_told_against_fp32(tmp_path, monkeypatch, capfd):
+    save(make_bundle(), tmp_path / "model")
+    write_lines(tmp_path / "in", TEXT[:80])
+    bundles = [make_bundle(), make_bundle()]
+    bundles[1].model.to(torch.bfloat16)
+    options = Options(bundles[0].recipe.decoding.config)
+    full, short = (
+        [first_text(one) for one in generate([b], [list(map(Example, TEXT[:80]))], options)] for b in bundles
+    )
+    assert full != short
+    write_lines(tmp_path / "ref", full)
+    write_lines(tmp_path / "other", TEXT[:80])
+    monkeypatch.setattr(importlib.import_module("encdec_cli.cli.evaluate"), "_stdin_asks_model", lambda: True)
+    words = ["evaluate", "--metric", "exact", "--json", "--model", str(tmp_path / "model"), "--precision", "bf16"]
+    words += ["--source", str(tmp_path / "in"), "--reference", str(tmp_path / "ref")]
+    threads = torch.get_num_threads()
+    assert cli.run(words) == 0
+    written, said = capfd.readouterr()
+    score = json.loads(written)["scores"][0]
+    assert "baseline: the same model in fp32" in said
+    assert score["baseline"] == 100
+    assert score["value"] < 100
+    assert 0 < score["p_value"] <= 1
+    assert cli.run([*words, "--baseline", str(tmp_path / "other")]) == 0
+    assert json.loads(capfd.readouterr().out)["scores"][0]["baseline"] == 0
+    assert cli.run([*words, str(tmp_path / "other")]) == 2
+    assert "--precision bf16: the hypotheses are given" in capfd.readouterr().err
+    torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ LAYERS: dict[str, set[str]] = {
     "atomic": set(),
     "config": set(),
     "text": {"atomic"},
-    "corpora": {"atomic", "text"},
+    "corpora": {"atomic", "config", "text"},
     "tasks": {"text"},
     "recipe": {"config"},
     "data": {"atomic", "recipe", "text", "corpora", "tasks"},
@@ -29,12 +29,12 @@ LAYERS: dict[str, set[str]] = {
     "decoding": {"models.model", "text.vocabulary"},
     "testing": {"models.model", "decoding"},
     "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
-    "generation": {"text", "tasks", "data", "decoding", "bundle"},
+    "generation": {"text", "tasks", "data", "models.model", "decoding", "bundle"},
     "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},
     "reranking": {"config", "text", "bundle", "generation", "evaluation"},
     "training": {
-        *("atomic", "config", "recipe", "text", "tasks", "data", "models", "decoding"),
-        *("bundle", "generation", "evaluation"),
+        *("atomic", "config", "recipe", "text", "corpora", "tasks", "data", "models", "decoding"),
+        *("bundle", "generation", "evaluation", "reranking"),
     },
 }
 BELOW_ALL = {"__init__", "errors", "registry"}

@@ -152,6 +152,32 @@ def read_facts(path: Path) -> dict[str, Any]:
     return dict(_description(find_bundle(path))["facts"])
 
 
+def identity(path: Path) -> str:
+    """Return what changes with the files of a bundle, or of a run's: the SHA-256 of its manifest."""
+    return atomic.sha256(find_bundle(path) / atomic.MANIFEST)
+
+
+def load_alike(what: str, path: Path, bundle: Bundle) -> Bundle:
+    """Load a bundle that reads and writes the same ids as `bundle`, and as many of them, for its device and dtype.
+
+    Raises BundleError, which begins with `what`, where the vocabularies are others or positions are lacking.
+    """
+    found = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
+    for side, ours, theirs in (("source", bundle.source, found.source), ("target", bundle.target, found.target)):
+        if ours.vocabulary.sha256 != theirs.vocabulary.sha256:
+            raise BundleError(
+                f"{what} {path}: its {side} vocabulary is another than the model's ({len(theirs.vocabulary)} and "
+                f"{len(ours.vocabulary)} tokens); train both on the same prepared data."
+            )
+    most, least = found.model.max_positions, bundle.model.max_positions
+    if most is not None and (least is None or most < least):
+        raise BundleError(
+            f"{what} {path}: reads {most} positions at most, fewer than the model it is to help; train it with "
+            "`positions: sinusoidal` or `rotary`, or with as many positions."
+        )
+    return found
+
+
 def _description(folder: Path) -> dict[str, Any]:
     description = atomic.read_json(folder / _DESCRIPTION)
     found = description.get("format") if isinstance(description, dict) else None

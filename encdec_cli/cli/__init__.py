@@ -18,6 +18,7 @@ from encdec_cli import __version__
 from encdec_cli.cli import console
 from encdec_cli.cli.average import average
 from encdec_cli.cli.chat import chat
+from encdec_cli.cli.distill import distill
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
 from encdec_cli.cli.generate import generate
@@ -29,6 +30,7 @@ from encdec_cli.errors import EncdecError, ExitCode
 COMMANDS: dict[str, Callable[..., None]] = {
     "preprocess": preprocess,
     "train": train,
+    "distill": distill,
     "generate": generate,
     "evaluate": evaluate,
     "average": average,
@@ -40,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 SUMMARIES = {
     "preprocess": "Read a recipe's corpus and write what training reads.",
     "train": "Train a model from a recipe, or go on where it was stopped.",
+    "distill": "Train a small model on what a large one writes, and compare them.",
     "generate": "Translate, summarise or answer: lines in, lines out.",
     "evaluate": "Score outputs against references, with intervals and tests.",
     "average": "Write a model that is the mean of several.",

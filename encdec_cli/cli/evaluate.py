@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from encdec_cli.cli.options import DeviceOption, ModelOption, PluginOption, RerankOption
+from encdec_cli.cli.generate import Precision, PrecisionOption
+from encdec_cli.cli.options import DeviceOption, MetricOption, ModelOption, PluginOption, RerankOption
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -49,10 +50,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option("--metric", metavar="NAME,KEY=VALUE,…", help="Such as bleu,tokenize=zh; repeat for more."),
-    ] = None,
+    metric: MetricOption = None,
     reference: Annotated[
         list[Path] | None,
         typer.Option(
@@ -67,6 +65,7 @@ def evaluate(
     ] = None,
     model: ModelOption = None,
     rerank: RerankOption = None,
+    precision: PrecisionOption = Precision.fp32,
     test: TestOption = Test.randomization,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="The numbers alone, one a line.")] = False,
@@ -76,28 +75,31 @@ def evaluate(
     """Score hypotheses against references, with 95 % bootstrap intervals and the signature of each number.
 
     Hypotheses come from FILE or a pipe; on a terminal (or with stdin from /dev/null) the model writes them. A
-    baseline adds the paired significance test.
+    baseline adds the paired significance test. With another --precision than fp32 the model in fp32 is the baseline:
+    the numbers tell what is lost.
     """
+    from encdec_cli.cli.models import model_or_default
     from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
     from encdec_cli.registry import load_plugins
 
     if as_json and score_only:
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
-    plugins = plugin or []
-    load_plugins(plugins)
-    chosen = _metrics(metric or ())
+    load_plugins(plugins := plugin or [])
+    chosen = chosen_metrics(metric or ())
     lines = read_hypotheses(file)
-    _check_rerank(rerank, lines)
+    _check_unwritten(lines, rerank, precision.value)
     bundle = None
     if lines is None or not reference or any(each.needs_model for each in chosen):
-        bundle = _bundle(model, device, plugins)
+        bundle = _bundle(model := model_or_default(model), device, plugins, precision.value)
     else:
         _tell_unused(model, source)
-    chosen = chosen or _metrics(_usual_metrics(bundle))
+    chosen = chosen or chosen_metrics(_usual_metrics(bundle))
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen, rerank)
+    if model and precision.value != "fp32" and outputs.baseline is None:
+        outputs.baseline = _unrounded(_bundle(model, device, plugins), source, rerank)
     _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
 
 
@@ -165,11 +167,13 @@ def _tell_if_waiting() -> None:
         console.say("still waiting for hypotheses on stdin; give FILE, or < /dev/null to let the model write them")
 
 
-def _check_rerank(rerank: str | None, lines: list[str] | None) -> None:
+def _check_unwritten(lines: list[str] | None, rerank: str | None, precision: str) -> None:
     from encdec_cli.errors import UsageError
 
-    if rerank is not None and lines is not None:
+    if lines is not None and rerank is not None:
         raise UsageError(f"--rerank {rerank}: the hypotheses are given; it orders what a model writes.")
+    if lines is not None and precision != "fp32":
+        raise UsageError(f"--precision {precision}: the hypotheses are given; it tells of what a model writes.")
 
 
 def _tell_unused(model: Path | None, source: Path | None) -> None:
@@ -181,13 +185,14 @@ def _tell_unused(model: Path | None, source: Path | None) -> None:
         console.warn(f"{' and '.join(unused)} not used: {told}")
 
 
-def _bundle(model: Path | None, device: str, plugins: Sequence[Path]) -> Bundle:
+def _bundle(model: Path, device: str, plugins: Sequence[Path], precision: str = "fp32") -> Bundle:
     from encdec_cli.cli.models import load_bundles
 
-    return load_bundles([model] if model else [], device, plugins)[0]
+    return load_bundles([model], device, plugins, precision)[0]
 
 
-def _metrics(names: Sequence[str]) -> list[Metric]:
+def chosen_metrics(names: Sequence[str]) -> list[Metric]:
+    """Return the metrics of --metric. Raises UsageError for an unknown one, and for what one of them lacks."""
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
@@ -257,15 +262,23 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     examples = _examples(bundle, source)
     check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
     if to_write:
-        outputs.hypotheses = _write(bundle, examples, rerank)
+        outputs.hypotheses = write_hypotheses(bundle, examples, rerank)
     if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
 
 
-def _write(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
+def _unrounded(bundle: Bundle, source: Path | None, rerank: str | None) -> list[str]:
+    """Return what the model writes in fp32."""
+    from encdec_cli.cli import console
+
+    console.say("baseline: the same model in fp32")
+    return write_hypotheses(bundle, _examples(bundle, source), rerank)
+
+
+def write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
     """Return what the model writes for each example, after the reranker if one is named."""
-    from encdec_cli.cli.models import decode
     from encdec_cli.generation.lines import Options, first_text
+    from encdec_cli.reranking.reranker import decode
     from encdec_cli.text.windows import full_windows
     from encdec_cli.training.machine import decoding_workers
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from encdec_cli.cli import schema
+
 
 class FailOn:
     """Counts the lines that have one of the named troubles or flags.
@@ -16,11 +18,9 @@ class FailOn:
 
     def __init__(self, words: str | None) -> None:
         from encdec_cli.errors import UsageError
-        from encdec_cli.generation.flags import FLAGS
-        from encdec_cli.generation.lines import TROUBLES
         from encdec_cli.registry import nearest
 
-        known = [*TROUBLES, *FLAGS]
+        known = schema.troubles()
         self._counts = dict.fromkeys((word.strip() for word in words.split(",")), 0) if words is not None else {}
         self._first: dict[str, int] = {}
         for word in self._counts:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from encdec_cli.cli import schema as schemas
 from encdec_cli.cli.options import DeviceOption, PluginOption, RerankOption, StrategyOption
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ FailOnOption = Annotated[
         help="Exit with 3 in the end if a line has such a status or flag, such as truncated,loop.",
     ),
 ]
-SchemaOption = Annotated[bool, typer.Option("--schema", help="Write the JSON Schema of --json's records and exit.")]
+SchemaOption = Annotated[
+    bool,
+    typer.Option("--schema", help="Write the JSON Schema of the records of --json, or of --score --json, and exit."),
+]
 PrecisionOption = Annotated[
     Precision,
     typer.Option(
@@ -133,50 +136,60 @@ def generate(
     nothing is written anew: each line is a source, a TAB and a target, and the model tells how likely that is.
     """
     if schema:
-        _write_schema()
+        typer.echo(schemas.text(schemas.SCORE if score else schemas.RECORD), nl=False)
         return
     from encdec_cli.cli import scoring
     from encdec_cli.cli.fail_on import FailOn
-    from encdec_cli.cli.input import Reader, windows_of
-    from encdec_cli.cli.models import choose_ensemble, decode, load_bundles
+    from encdec_cli.cli.models import choose_ensemble, load_bundles
+
+    if score:
+        scoring.refuse_search(beam, strategy, n_best, scores, workers, rerank, fail_on)
+    _check(workers, device, alignments, plugin or [], {"--strategy": strategy, "--rerank": rerank})
+    watch, average = FailOn(fail_on), choose_ensemble(ensemble.value, weights)
+    from encdec_cli.cli.input import Reader, named_lines, windows_of
     from encdec_cli.cli.output import Writer, write_all
     from encdec_cli.generation.lines import Options
+    from encdec_cli.reranking.reranker import decode
     from encdec_cli.text.lines import LineReport
     from encdec_cli.training.machine import decoding_workers
 
-    _check_workers(workers, device)
-    watch = FailOn(fail_on)
-    if score:
-        scoring.refuse_search(beam, strategy, n_best, scores, workers, rerank, fail_on)
-    average = choose_ensemble(ensemble.value, weights)
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     head = scoring.choose_head(bundles[0], alignments) if alignments else None
-    report, cut = LineReport(), 0
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
     processes = workers or decoding_workers(device)
     options = Options(chosen, n_best, batch or 0, processes, exact, average, head, watch.asks_for("coverage"))
     reader = Reader(bundles[0].task, as_json, pairs=score, constraints=chosen.reads_constraints)
-    windows = windows_of(reader, file, options.window, report)
-    if score:
-        cut = scoring.write_scores(bundles, windows, as_json, options)
-    else:
-        with closing(decode(bundles, windows, options, rerank)) as results:
-            cut = write_all(results, Writer(bundles[0], options, scores, as_json, watch))
+    windows = windows_of(reader, file, options.window, report := LineReport())
+    with named_lines(file):
+        if score:
+            cut = scoring.write_scores(bundles, windows, as_json, options)
+        else:
+            writer = Writer(bundles[0], options, scores, as_json, watch)
+            cut = write_all(decode(bundles, windows, options, rerank), writer)
     _tell(report, cut, min(bundle.longest_source for bundle in bundles), reader.ignored)
     watch.check()
 
 
-def _write_schema() -> None:
-    from importlib.resources import files
+def _check(
+    workers: int | None, device: str, alignments: str | None, plugins: list[Path], named: dict[str, str | None]
+) -> None:
+    """Raise UsageError for flags that are wrong whatever the model, before torch is imported.
 
-    typer.echo(files("encdec_cli.generation").joinpath("record.schema.json").read_text(encoding="utf-8"), nl=False)
-
-
-def _check_workers(workers: int | None, device: str) -> None:
+    named: `name,key=value,…` by its flag.
+    """
+    from encdec_cli.cli.scoring import check_head
+    from encdec_cli.config import check_name
     from encdec_cli.errors import UsageError
+    from encdec_cli.registry import load_plugins, rerankers, strategies
 
     if workers and device != "cpu":
         raise UsageError(f"--workers {workers}: only a CPU is shared by processes; leave it out.")
+    if alignments:
+        check_head(alignments)
+    load_plugins(plugins)
+    for flag, registry in (("--strategy", strategies), ("--rerank", rerankers)):
+        if text := named[flag]:
+            check_name(text, registry, flag)
 
 
 def _tell(report: LineReport, cut: int, most: int, ignored: int) -> None:

@@ -8,14 +8,20 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from encdec_cli.cli import console
 
 if TYPE_CHECKING:
     from encdec_cli.tasks.task import Task
     from encdec_cli.text.example import Example
     from encdec_cli.text.lines import LineReport
+
+
+_WRITTEN = "the lines before this one have been written."
 
 
 @dataclass
@@ -31,6 +37,8 @@ class Reader:
     """Whether lines and records may say what outputs must hold."""
     ignored: int = 0
     """Records so far whose constraints nobody reads."""
+    told: bool = False
+    """Whether the user knows that a line looks like a record."""
 
     def __call__(self, line: str) -> Example:
         """Return the example. Raises ValueError or DataError for what is no record that the task can read."""
@@ -44,6 +52,9 @@ class Reader:
             elif not self.pairs:
                 self.ignored += "constraints" in example.record
             return example
+        if not self.as_json and not self.told and line.startswith("{") and _is_object(line):
+            self.told = True
+            console.warn("a line looks like a JSON record, and is read as text; --json reads records")
         if self.pairs:
             return read_pair(self.task, line)
         if not self.constraints or self.task.uses_tabs:
@@ -89,9 +100,27 @@ def _examples(reader: Reader, file: Path | None, report: LineReport) -> Iterator
                 reason = f"not a record this task can read ({reason})"
             if isinstance(error, json.JSONDecodeError):
                 reason += "; a line that begins with { must be a JSON object"
-            raise DataError(
-                f"{file or 'stdin'}:{number}: {reason}; the lines before this one have been written."
-            ) from error
+            raise DataError(f"{file or 'stdin'}:{number}: {reason}; {_WRITTEN}") from error
+
+
+@contextmanager
+def named_lines(file: Path | None) -> Iterator[None]:
+    """Name the file where a line turns out to be wrong only after it was read."""
+    from encdec_cli.errors import DataError, LineError
+
+    try:
+        yield
+    except LineError as error:
+        what = error.what.rstrip(".")
+        raise DataError(f"{file or 'stdin'}:{error.line}: {what}; {_WRITTEN}") from error
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _number(text: str) -> float:

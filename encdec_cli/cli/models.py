@@ -1,16 +1,14 @@
-"""Which models a command uses, how they are loaded and averaged, and what orders their outputs anew."""
+"""Which models a command uses, how they are loaded and averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.decoding.ensemble import Ensemble
-    from encdec_cli.generation.lines import Generated, Options
-    from encdec_cli.text.example import Example
 
 
 def model_or_default(named: Path | None) -> Path:
@@ -62,7 +60,6 @@ def _check_int8(device: str) -> None:
 
 def choose_ensemble(average: str, weights: str | None) -> Ensemble:
     """Return how several models are averaged. weights: as in `0.7,0.3`."""
-    from encdec_cli.decoding.ensemble import Ensemble
     from encdec_cli.errors import UsageError
 
     try:
@@ -70,29 +67,9 @@ def choose_ensemble(average: str, weights: str | None) -> Ensemble:
     except ValueError:
         expected = "expected a number for each --model, separated by commas, such as 0.7,0.3"
         raise UsageError(f"--weights {weights}: {expected}.") from None
+    from encdec_cli.decoding.ensemble import Ensemble  # after what needs no torch
+
     try:
         return Ensemble(average, numbers)  # type: ignore[arg-type]
     except ValueError as error:
         raise UsageError(f"--{error}") from error
-
-
-def decode(
-    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options, rerank: str | None
-) -> Generator[Generated, None, None]:
-    """Decode windows of examples, and order the outputs of each anew by the reranker of --rerank, if there is one."""
-    from encdec_cli.config import parse_component
-    from encdec_cli.errors import UsageError
-    from encdec_cli.generation.lines import generate
-    from encdec_cli.registry import rerankers
-    from encdec_cli.reranking.reranker import Reranker, generate_reranked
-    from encdec_cli.training.machine import use_threads
-
-    if rerank is None:
-        return generate(bundles, windows, options)
-    reranker: Reranker = parse_component(rerank, rerankers, "--rerank")
-    if options.strategy.beam == 1:
-        raise UsageError(f"--rerank {rerank}: the search gives 1 output a line; it needs a beam of several to order.")
-    reranker.load(str(bundles[0].device))
-    if options.exact or options.workers > 1:
-        use_threads(1)  # the workers have the other cores; and what is exact must not depend on their number
-    return generate_reranked(bundles, windows, options, reranker)

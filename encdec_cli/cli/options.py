@@ -25,6 +25,10 @@ RerankOption = Annotated[
         "--rerank", metavar="NAME,KEY=VALUE,…", help="How to order the outputs of a line anew, such as mbr,metric=chrf."
     ),
 ]
+MetricOption = Annotated[
+    list[str] | None,
+    typer.Option("--metric", metavar="NAME,KEY=VALUE,…", help="Such as bleu,tokenize=zh; repeat for more."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 …")]
 RunOption = Annotated[
     Path | None,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from encdec_cli.cli import schema
 
 if TYPE_CHECKING:
     from encdec_cli.bundle.bundle import Bundle
@@ -22,8 +25,10 @@ def write_line(line: str) -> None:
     sys.stdout.buffer.flush()
 
 
-OURS = {"text", "score", "token_scores", "status", "flags", "rerank_score", "alignment", "candidates"}
-"""Fields of a record that tell of the output: what the input has under these names belongs to another."""
+def others(record: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return the fields of an input record that are not those of the schema `name`."""
+    ours = schema.own_fields(name)
+    return {key: value for key, value in record.items() if key not in ours}
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Writer:
 
     def _record(self, number: int, result: Generated, flags: list[str]) -> str:
         """Return the record of a line as `record.schema.json` describes it: the input's own fields, then ours."""
-        record: dict[str, Any] = {"id": number, **{k: v for k, v in result.example.record.items() if k not in OURS}}
+        record = {"id": number, **others(result.example.record, schema.RECORD)}
         outputs = [_output(candidate) for candidate in result.candidates]
         record |= outputs[0] if outputs else {"text": "", "score": 0.0, "token_scores": []}
         record |= {"status": result.status, "flags": flags}
@@ -74,10 +79,11 @@ def _output(candidate: Candidate) -> dict[str, Any]:
     return output if candidate.alignment is None else output | {"alignment": candidate.alignment}
 
 
-def write_all(results: Iterable[Generated], write: Writer) -> int:
-    """Write the results of all lines; return how many sources were cut."""
+def write_all(results: Generator[Generated, None, None], write: Writer) -> int:
+    """Write the results of all lines, whose generator is closed in the end; return how many sources were cut."""
     cut = 0
-    for number, result in enumerate(results, start=1):
-        cut += result.truncated
-        write(number, result)
+    with closing(results):
+        for number, result in enumerate(results, start=1):
+            cut += result.truncated
+            write(number, result)
     return cut

@@ -21,17 +21,23 @@ BEST = "best"
 _HEAD = re.compile(r"(\d+)(?:\.(\d+))?", re.ASCII)
 
 
+def check_head(named: str) -> None:
+    """Raise UsageError for what is no value of --alignments, whatever the model."""
+    from encdec_cli.errors import UsageError
+
+    if named != BEST and not _HEAD.fullmatch(named):
+        raise UsageError(f"--alignments {named}: expected {BEST}, a decoder layer such as 3, or a head of one, 3.1.")
+
+
 def choose_head(bundle: Bundle, named: str) -> Head:
     """Return the head of `--alignments`: LAYER, LAYER.HEAD, or the one that agrees best on the validation split."""
     from encdec_cli.decoding.attention import Head, heads
     from encdec_cli.errors import UsageError
 
     counts = heads(bundle.model)
-    if named == BEST:
-        return _best_head(bundle)
     match = _HEAD.fullmatch(named)
     if match is None:
-        raise UsageError(f"--alignments {named}: expected {BEST}, a decoder layer such as 3, or a head of one, 3.1.")
+        return _best_head(bundle)
     layer, head = int(match[1]), None if match[2] is None else int(match[2])
     if layer >= len(counts):
         raise UsageError(f"--alignments {named}: the model's {len(counts)} decoder layers are 0 to {len(counts) - 1}.")
@@ -141,12 +147,13 @@ def _text_line(result: Scored) -> str:
 
 def _json_line(number: int, result: Scored) -> str:
     """Return the record of a line: the input's own fields, then ours, which win where names clash."""
-    from encdec_cli.cli.output import OURS
+    from encdec_cli.cli import schema
+    from encdec_cli.cli.output import others
     from encdec_cli.generation.scoring import perplexity
 
     record: dict[str, Any] = {
         "id": number,
-        **{key: value for key, value in result.example.record.items() if key not in OURS},
+        **others(result.example.record, schema.SCORE),
         "log_probability": _number(result.log_probability),
         "perplexity": _number(perplexity(result.log_probability, len(result.tokens))),
         "tokens": result.tokens,

@@ -48,10 +48,11 @@ def train(
     from encdec_cli.recipe import load
 
     loaded = load(recipe, overrides or [], plugins=plugin or [])
-    _train(loaded, output or default_run(recipe), device, init_from, dry_run)
+    train_run(loaded, output or default_run(recipe), device, init_from, dry_run)
 
 
-def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_run: bool) -> None:
+def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = None, dry_run: bool = False) -> None:
+    """Train in the folder of a run, from the start or from where it was stopped."""
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
@@ -69,7 +70,7 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     use_threads(recipe.train.threads)
     start = Bundle.load(init_from, device) if init_from else None
     with locked(run), watched() as stop:
-        data, _ = prepared_data(recipe, run, console.say)
+        data, _ = prepared_data(recipe, run, console.say, device)
         trainer = Trainer(Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start))
         step, steps = trainer.progress.step, recipe.train.steps
         if dry_run:

@@ -1,4 +1,4 @@
-"""From a tree to a dataclass: pydantic checks the values, then each dataclass checks itself."""
+"""From a tree to dataclasses and components: pydantic checks the values, then each dataclass checks itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from encdec_cli.config.mistakes import Mistakes, join
-from encdec_cli.config.schema import SectionModel, adapter
+from encdec_cli.config.mistakes import Mistakes, join, tell
+from encdec_cli.config.schema import (
+    Chosen,
+    Component,
+    SectionModel,
+    adapter,
+    chosen_of,
+    keys,
+    model_of,
+    schema_of,
+    types_of,
+)
 from encdec_cli.config.tree import Node, Place, plain
 from encdec_cli.errors import EncdecError
+from encdec_cli.registry import Registry, nearest
 
 
 def checked(hint: Any, node: Node | None, path: str, mistakes: Mistakes) -> Any:
@@ -45,7 +56,13 @@ def _instance(value: Any, node: Node, path: str, mistakes: Mistakes) -> Any:
 
 def _dataclass(value: SectionModel, parts: dict[str, Node], node: Node, path: str, mistakes: Mistakes) -> Any:
     before, dot = len(mistakes), "." if path else ""
-    inside = {key: _instance(v, parts[key], f"{path}{dot}{key}", mistakes) for key, v in value.written().items()}
+    hints, inside = types_of(value.schema_class), {}
+    for key, written in value.written().items():
+        chosen, where = chosen_of(hints[key]), f"{path}{dot}{key}"
+        if chosen is None:
+            inside[key] = _instance(written, parts[key], where, mistakes)
+        else:
+            inside[key] = build_component(chosen, parts[key], where, mistakes)
     if len(mistakes) > before:
         return None
     try:
@@ -58,3 +75,72 @@ def _dataclass(value: SectionModel, parts: dict[str, Node], node: Node, path: st
         else:
             mistakes.add(node.key, path, str(error).rstrip("."))
         return None
+
+
+def build_component(chosen: Chosen, node: Node, path: str, mistakes: Mistakes) -> Component | None:
+    """Return the component that a section names, or None after noting what is wrong with it."""
+    if node.value is None:
+        node = Node({}, node.place, node.key)
+    if not isinstance(node.value, dict):
+        what = f"expected a section such as {{name: {chosen.registry.names()[0]}}}, found {tell(plain(node))}"
+        mistakes.add(node.place, path, what)
+        return None
+    inside = dict(node.value)
+    name = inside.pop("name", None)
+    if name is None and chosen.default is None:
+        mistakes.add(node.place, f"{path}.name", f"missing; choose among {', '.join(chosen.registry.names())}")
+        return None
+    if name is None:
+        name = Node(chosen.default, node.place, node.key)
+    cls = look_up(chosen.registry, name, f"{path}.name", mistakes)
+    if cls is None:
+        return None
+    component = Node(inside, node.place, node.key)
+    if name.place.line == 0 and _holds_keys_of_another(cls, component, name, path, mistakes):
+        return None
+    return component_from(cls, str(name.value), component, path, mistakes)
+
+
+def _holds_keys_of_another(cls: type[Any], node: Node, name: Node, path: str, mistakes: Mistakes) -> bool:
+    """Note it once if the command line renames a section of a file whose other keys fit the old name alone."""
+    try:
+        known = keys(schema_of(cls))
+    except AttributeError:
+        return False  # `_component` says what is wrong with it
+    others = [key for key, child in node.value.items() if child.key.line and key not in known]  # type: ignore[union-attr]
+    if others:
+        what = f"the section at {node.key} has keys that {name.value} does not know ({', '.join(others)})"
+        mistakes.add(name.place, f"{path}.name", f"{what}; give it whole, such as '{path}={{name: {name.value}}}'")
+    return bool(others)
+
+
+def is_known(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> bool:
+    """Return whether a registry has this name, after noting what it has if not; nothing is imported."""
+    known = registry.names()
+    if name.value in known:
+        return True
+    hint = nearest(str(name.value), known)
+    mistakes.add(name.place, path, f"no {registry.kind} {tell(plain(name))} among {', '.join(known)}{hint}")
+    return False
+
+
+def look_up(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> type[Any] | None:
+    """Return the class that a registry knows by this name, or None after noting that it knows none."""
+    if not is_known(registry, name, path, mistakes):
+        return None
+    try:
+        return registry.get(str(name.value))
+    except EncdecError as error:
+        mistakes.add(name.place, path, str(error).rstrip("."))
+        return None
+
+
+def component_from(cls: type[Any], name: str, node: Node, path: str, mistakes: Mistakes) -> Component | None:
+    """Return the component of a class with the keys of a node, or None after noting what is wrong with them."""
+    try:
+        model = model_of(schema_of(cls))
+    except (AttributeError, EncdecError) as error:
+        mistakes.add(node.key, path, f"'{name}' cannot be configured: {error}")
+        return None
+    config = checked(model, node, path, mistakes)
+    return None if config is None else Component(name, config, cls)

@@ -1,105 +1,14 @@
-"""Components in a recipe and on the command line: a name from a registry, and keys that its class declares."""
+"""Components on the command line: a name from a registry, and keys that its class declares."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from encdec_cli.config.checks import checked
+from encdec_cli.config.checks import component_from, is_known, look_up
 from encdec_cli.config.mistakes import Mistakes, tell
-from encdec_cli.config.schema import keys, model_of, plain_value, schema_of
-from encdec_cli.config.tree import Node, Place, PlacedError, from_plain, plain, value_of
-from encdec_cli.errors import EncdecError
-from encdec_cli.registry import Registry, nearest
-
-
-@dataclass(frozen=True)
-class Component:
-    """A component as a recipe names it: its name, its checked keys, its class."""
-
-    name: str
-    config: Any
-    """The component itself where it has no weights; otherwise its `Config`."""
-    cls: type[Any]
-
-    def build(self, *arguments: Any) -> Any:
-        """Return the component: for one with weights, `cls(config, *arguments)`."""
-        return self.config if isinstance(self.config, self.cls) else self.cls(self.config, *arguments)
-
-    def plain(self) -> dict[str, Any]:
-        """Return name and keys, all defaults filled, as plain JSON types."""
-        return {"name": self.name, **plain_value(self.config)}
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Marks a section whose `name` chooses a component: `Annotated[Component, Chosen(models, "transformer")]`."""
-
-    registry: Registry[type[Any]]
-    default: str | None = None
-    """The name where the recipe gives none; without it the section is required."""
-    example: str | None = None
-    """The name that an explained recipe shows where there is no default."""
-
-
-def build_component(chosen: Chosen, node: Node, path: str, mistakes: Mistakes) -> Component | None:
-    """Return the component that a section names, or None after noting what is wrong with it."""
-    if node.value is None:
-        node = Node({}, node.place, node.key)
-    if not isinstance(node.value, dict):
-        what = f"expected a section such as {{name: {chosen.registry.names()[0]}}}, found {tell(plain(node))}"
-        mistakes.add(node.place, path, what)
-        return None
-    inside = dict(node.value)
-    name = inside.pop("name", None)
-    if name is None and chosen.default is None:
-        mistakes.add(node.place, f"{path}.name", f"missing; choose among {', '.join(chosen.registry.names())}")
-        return None
-    if name is None:
-        name = Node(chosen.default, node.place, node.key)
-    cls = _look_up(chosen.registry, name, f"{path}.name", mistakes)
-    if cls is None:
-        return None
-    component = Node(inside, node.place, node.key)
-    if name.place.line == 0 and _holds_keys_of_another(cls, component, name, path, mistakes):
-        return None
-    return _component(cls, str(name.value), component, path, mistakes)
-
-
-def _holds_keys_of_another(cls: type[Any], node: Node, name: Node, path: str, mistakes: Mistakes) -> bool:
-    """Note it once if the command line renames a section of a file whose other keys fit the old name alone."""
-    try:
-        known = keys(schema_of(cls))
-    except AttributeError:
-        return False  # `_component` says what is wrong with it
-    others = [key for key, child in node.value.items() if child.key.line and key not in known]  # type: ignore[union-attr]
-    if others:
-        what = f"the section at {node.key} has keys that {name.value} does not know ({', '.join(others)})"
-        mistakes.add(name.place, f"{path}.name", f"{what}; give it whole, such as '{path}={{name: {name.value}}}'")
-    return bool(others)
-
-
-def _look_up(registry: Registry[type[Any]], name: Node, path: str, mistakes: Mistakes) -> type[Any] | None:
-    known = registry.names()
-    if name.value not in known:
-        hint = nearest(str(name.value), known)
-        mistakes.add(name.place, path, f"no {registry.kind} {tell(plain(name))} among {', '.join(known)}{hint}")
-        return None
-    try:
-        return registry.get(str(name.value))
-    except EncdecError as error:
-        mistakes.add(name.place, path, str(error).rstrip("."))
-        return None
-
-
-def _component(cls: type[Any], name: str, node: Node, path: str, mistakes: Mistakes) -> Component | None:
-    try:
-        model = model_of(schema_of(cls))
-    except (AttributeError, EncdecError) as error:
-        mistakes.add(node.key, path, f"'{name}' cannot be configured: {error}")
-        return None
-    config = checked(model, node, path, mistakes)
-    return None if config is None else Component(name, config, cls)
+from encdec_cli.config.schema import Component, plain_value
+from encdec_cli.config.tree import Node, Place, PlacedError, from_plain, value_of
+from encdec_cli.registry import Registry
 
 
 def parse_component(text: str, registry: Registry[type[Any]], flag: str, base: Component | None = None) -> Any:
@@ -121,6 +30,17 @@ def parse_component(text: str, registry: Registry[type[Any]], flag: str, base: C
     return config
 
 
+def check_name(text: str, registry: Registry[type[Any]], flag: str) -> None:
+    """Raise UsageError if `name,key=value,…` begins with a name that the registry does not know.
+
+    Nothing is imported to find out, and the keys are not looked at.
+    """
+    name, place, mistakes = _split(text)[0], Place(0, 0, f"{flag} {text}"), Mistakes()
+    if "=" not in name:
+        is_known(registry, Node(name, place, place), "", mistakes)
+    mistakes.check()
+
+
 def given_keys(text: str) -> set[str]:
     """Return the keys that `name,key=value,…` gives."""
     return {key for key, equals, _ in (word.partition("=") for word in _split(text)) if equals}
@@ -138,8 +58,8 @@ def component_of(text: str, registry: Registry[type[Any]], place: Place, path: s
     inside = _pairs(pairs, place, path, mistakes)
     if inside is None:
         return None
-    cls = _look_up(registry, Node(name, place, place), path, mistakes)
-    component = _component(cls, name, Node(dict(inside), place, place), path, mistakes) if cls else None
+    cls = look_up(registry, Node(name, place, place), path, mistakes)
+    component = component_from(cls, name, Node(dict(inside), place, place), path, mistakes) if cls else None
     return None if component is None else component.config
 
 
@@ -148,7 +68,7 @@ def _changed(base: Component, text: str, place: Place, mistakes: Mistakes) -> An
     if changes is None:
         return None
     kept = {key: from_plain(value, place) for key, value in plain_value(base.config).items()}
-    component = _component(base.cls, base.name, Node({**kept, **changes}, place, place), "", mistakes)
+    component = component_from(base.cls, base.name, Node({**kept, **changes}, place, place), "", mistakes)
     return None if component is None else component.config
 
 

@@ -9,8 +9,9 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from encdec_cli.config.component import Chosen
 from encdec_cli.config.schema import (
+    Chosen,
+    chosen_of,
     default,
     descriptions,
     keys,
@@ -42,7 +43,7 @@ def recipe_text(schema: type[Any]) -> str:
     lines = _comment(inspect.cleandoc(schema.__doc__ or ""), "")
     for key, field in recipe_keys(schema).items():
         lines += ["", *_comment(texts.get(key, ""), "")]
-        chosen = _chosen(hints[key])
+        chosen = chosen_of(hints[key])
         if chosen:
             lines += _components(key, chosen)
         elif is_dataclass(hints[key]):
@@ -50,10 +51,6 @@ def recipe_text(schema: type[Any]) -> str:
         else:
             lines.append(f"{key}: {write(plain_value(default(field)))}")
     return "\n".join(lines) + "\n"
-
-
-def _chosen(hint: Any) -> Chosen | None:
-    return next((mark for mark in get_args(hint) if isinstance(mark, Chosen)), None)
 
 
 def _components(key: str, chosen: Chosen) -> Iterator[str]:
@@ -85,6 +82,8 @@ def _keys(schema: type[Any], indent: str) -> Iterator[str]:
 
 def _nested(hint: Any) -> type[Any] | None:
     """Return the dataclass within a type such as `Side | None`, whose keys a default of null does not show."""
+    if chosen_of(hint):
+        return None  # a component: its keys stand where it is chosen first
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
     return next((kind for kind in (hint, *get_args(hint)) if isinstance(kind, type) and is_dataclass(kind)), None)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_origin
 
 from encdec_cli.config import tree as yaml_tree
-from encdec_cli.config.checks import checked
-from encdec_cli.config.component import Chosen, build_component
+from encdec_cli.config.checks import build_component, checked
 from encdec_cli.config.mistakes import Mistakes, tell, unknown_key
-from encdec_cli.config.schema import model_of, recipe_keys, required, types_of
+from encdec_cli.config.schema import chosen_of, model_of, recipe_keys, required, types_of
 from encdec_cli.config.tree import Node, Place, PlacedError, plain, value_of
 from encdec_cli.errors import UsageError
 
@@ -105,8 +104,8 @@ def build(
 
 
 def _build_section(hint: Any, given: Node | None, tree: Node, key: str, mistakes: Mistakes) -> Any:
-    if get_origin(hint) is Annotated:
-        chosen = next(mark for mark in get_args(hint) if isinstance(mark, Chosen))
+    chosen = chosen_of(hint)
+    if chosen is not None:
         if given is None and chosen.default is None:
             mistakes.add(tree.place, key, "missing")
             return None

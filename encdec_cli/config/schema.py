@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 import types
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Enum
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +16,36 @@ from pydantic import BaseModel, ConfigDict, Strict, TypeAdapter, create_model
 from pydantic import Field as ModelField
 
 from encdec_cli.errors import UsageError
+from encdec_cli.registry import Registry
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component as a recipe names it: its name, its checked keys, its class."""
+
+    name: str
+    config: Any
+    """The component itself where it has no weights; otherwise its `Config`."""
+    cls: type[Any]
+
+    def build(self, *arguments: Any) -> Any:
+        """Return the component: for one with weights, `cls(config, *arguments)`."""
+        return self.config if isinstance(self.config, self.cls) else self.cls(self.config, *arguments)
+
+    def plain(self) -> dict[str, Any]:
+        """Return name and keys, all defaults filled, as plain JSON types."""
+        return {"name": self.name, **plain_value(self.config)}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Marks a section whose `name` chooses a component: `Annotated[Component, Chosen(models, "transformer")]`."""
+
+    registry: Registry[type[Any]]
+    default: str | None = None
+    """The name where the recipe gives none; without it the section is required."""
+    example: str | None = None
+    """The name that an explained recipe shows where there is no default."""
 
 
 class SectionModel(BaseModel):
@@ -72,6 +102,11 @@ def types_of(schema: type[Any]) -> dict[str, Any]:
         raise UsageError(f"{where}: the type of a field cannot be found ({error}); import it in that file.") from error
 
 
+def chosen_of(hint: Any) -> Chosen | None:
+    """Return the mark of a type whose values are components, or None."""
+    return next((mark for mark in get_args(hint) if isinstance(mark, Chosen)), None)
+
+
 def descriptions(cls: type[Any]) -> dict[str, str]:
     """Return the docstring that follows each attribute in the source of a class and of its bases, by name."""
     found: dict[str, str] = {}
@@ -124,14 +159,16 @@ def _annotation(hint: Any) -> Any:
         return Annotated[hint, Strict(False)] if issubclass(hint, (Path, Enum)) else hint
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return Annotated.__class_getitem__((_annotation(arguments[0]), *hint.__metadata__))
+        # A component is made by `checks`, which knows where each of its keys was written.
+        inner = Any if chosen_of(hint) else _annotation(arguments[0])
+        return Annotated.__class_getitem__((inner, *hint.__metadata__))
     if origin in (None, Literal):
         return hint
-    inner = tuple(x if x is ... else _annotation(x) for x in arguments)
+    parts = tuple(x if x is ... else _annotation(x) for x in arguments)
     if origin in (Union, types.UnionType):
-        return Union[inner]  # noqa: UP007 - made at run time
+        return Union[parts]  # noqa: UP007 - made at run time
     # YAML has lists only: a tuple or a set is made from one.
-    return Annotated[origin[inner], Strict(False)] if origin in (tuple, set, frozenset) else origin[inner]
+    return Annotated[origin[parts], Strict(False)] if origin in (tuple, set, frozenset) else origin[parts]
 
 
 def known_keys(hint: Any, parts: list[str]) -> list[str]:
@@ -152,14 +189,15 @@ def _models_in(hint: Any) -> list[type[SectionModel]]:
 
 def plain_value(value: Any) -> Any:
     """Return a configured value as plain JSON types."""
+    if isinstance(value, Component):
+        value = value.plain()
     if is_dataclass(value) and not isinstance(value, type):
         return {key: plain_value(getattr(value, key)) for key in keys(type(value))}
     if isinstance(value, dict):
         return {str(key): plain_value(child) for key, child in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain_value(child) for child in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(plain_value(child) for child in value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        items = [plain_value(child) for child in value]
+        return items if isinstance(value, (list, tuple)) else sorted(items)
     if isinstance(value, Enum):
         return value.value
     return str(value) if isinstance(value, Path) else value

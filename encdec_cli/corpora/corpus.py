@@ -30,6 +30,10 @@ class Corpus:
     def fingerprint(self) -> str:
         """Return a text that changes when the content may have changed; cheap to make."""
 
+    def symbols(self) -> tuple[str, ...]:
+        """Return strings of sources or targets, such as a tag, for which tokenizers keep one token each."""
+        return ()
+
     def notes(self) -> list[str]:
         """Return sentences for people about what the reads so far have dropped or mended."""
         return []

@@ -163,7 +163,7 @@ class Files(Corpus):
         facts: list[Any] = []
         for files in (self.train, self.valid, self.test):
             for pattern in files.patterns() if files else []:
-                facts += map(_facts, self._paths(pattern))
+                facts += map(file_facts, self._paths(pattern))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def notes(self) -> list[str]:
@@ -172,7 +172,8 @@ class Files(Corpus):
         return [*self._dropped.values(), *odd]
 
 
-def _facts(path: Path) -> list[Any]:
+def file_facts(path: Path) -> list[Any]:
+    """Return name, size and time of change of a file. Raises DataError where it is not to be found."""
     if path == Path(_STDIN):
         return [_STDIN]
     try:

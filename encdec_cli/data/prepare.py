@@ -76,7 +76,7 @@ def prepare(
 
 def _train_tokenizers(task: Task, corpus: Corpus, text: Text) -> tuple[int, tuple[Tokenizer, Tokenizer]]:
     """Return the number of training examples, and the tokenizers of source and target."""
-    options = TokenizerOptions(text.vocabulary, text.algorithm, tuple(task.symbols()))
+    options = TokenizerOptions(text.vocabulary, text.algorithm, (*task.symbols(), *corpus.symbols()))
     statistics = Statistics("train")
     counts: list[int] = []
 

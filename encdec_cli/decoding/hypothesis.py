@@ -7,14 +7,18 @@ import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
+
+from encdec_cli.decoding.stepper import Stepper
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from encdec_cli.decoding.constraints import Constraint
+    from encdec_cli.decoding.ensemble import Ensemble
     from encdec_cli.decoding.rules import Rule
-    from encdec_cli.decoding.stepper import Stepper
+    from encdec_cli.models.model import Model
 
 _FORMULA = re.compile(r"(?:(?P<factor>\d+(?:\.\d+)?)x)?(?:(?P<plus>(?:^|\+)\d+))?")
 _EXAMPLES = {"banned": "[foo, bar baz]", "boosted": "{foo: 1.5, bar baz: 2}"}
@@ -135,6 +139,29 @@ class Strategy:
     def rows(self) -> int:
         """Rows that the search needs for each sentence."""
         return self.beam
+
+    def helper(self) -> Path | None:
+        """Return the bundle or run of a model that helps the search, None for none; `stepper` is given it."""
+        return None
+
+    def stepper(
+        self,
+        models: tuple[Sequence[Model], Sequence[Tensor], Sequence[Tensor]],
+        ensemble: Ensemble,
+        forbidden: Sequence[int],
+        helper: Stepper | None,
+        longest: int,
+    ) -> Stepper:
+        """Return what gives the scores to this search.
+
+        Args:
+            models: the models, and for each the sources and the mask, as `Stepper` takes them.
+            ensemble: as for `Stepper`.
+            forbidden: as for `Stepper`.
+            helper: the helper over the same sentences, if there is one.
+            longest: most tokens of any output.
+        """
+        return Stepper(*models, self.rows, ensemble, forbidden)
 
     @abstractmethod
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:

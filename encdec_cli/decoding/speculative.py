@@ -43,6 +43,23 @@ class Speculative(Strategy):
         if self.draft_tokens < 1:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; at least 1 token must be proposed.")
 
+    def helper(self) -> Path:
+        """Return the draft."""
+        return self.draft
+
+    def stepper(
+        self,
+        models: tuple[Sequence[Model], Sequence[Tensor], Sequence[Tensor]],
+        ensemble: Ensemble,
+        forbidden: Sequence[int],
+        helper: Stepper | None,
+        longest: int,
+    ) -> Stepper:
+        """Return a stepper to which the draft, given as `helper`, proposes; see `Strategy.stepper`."""
+        if helper is None:
+            raise ValueError("speculative decoding without its draft")
+        return DraftedStepper(*models, Draft(helper, self.draft_tokens, longest), ensemble, forbidden)
+
     @torch.inference_mode()
     def __call__(self, stepper: Stepper, limits: Limits, rules: Sequence[Rule]) -> list[list[Hypothesis]]:
         """Return the greedy output of each sentence."""

@@ -52,11 +52,21 @@ class Score:
 
     def line(self) -> str:
         """Return the score as one line: name, value, interval, baseline, p-value, signature."""
-        parts = [f"{self.name} = {self.value:.2f}", *_span(self.low, self.high)]
+        parts = [f"{self.name} = {self.brief()}"]
         if self.baseline is not None:
             parts += [f"(baseline {self.baseline:.2f}", *_span(self.baseline_low, self.baseline_high)]
             parts[-1] += ")" if self.p_value is None else f", p = {self.p_value:.4f})"
         return " ".join([*parts, self.signature])
+
+    def brief(self) -> str:
+        """Return the number and its interval."""
+        return " ".join([f"{self.value:.2f}", *_span(self.low, self.high)])
+
+    def difference(self) -> str:
+        """Return how much the number differs from the baseline's, and the p-value; empty without a baseline."""
+        if self.baseline is None:
+            return ""
+        return f"{self.value - self.baseline:+.2f}" + ("" if self.p_value is None else f", p = {self.p_value:.4f}")
 
 
 def _span(low: float | None, high: float | None) -> list[str]:

@@ -10,7 +10,7 @@ from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.decoding.attention import Head
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.hypothesis import Hypothesis, Strategy
-from encdec_cli.errors import BundleError, DataError, UsageError
+from encdec_cli.errors import BundleError, DataError, LineError, UsageError
 from encdec_cli.generation.alignment import word_links
 from encdec_cli.generation.phrases import constraint_ids
 from encdec_cli.generation.rules import RuleBook
@@ -135,7 +135,7 @@ def generate(
     Several bundles are an ensemble: each reads the source by its own task and tokenizer, the first writes the text.
     The text of a candidate never holds a line break.
 
-    Raises DataError, with the number of the line, for one that the task or the strategy cannot read; the results of
+    Raises LineError for one that the task or the strategy cannot read; the results of
     those before it are yielded first.
     """
     check_ensemble(bundles, options.ensemble)
@@ -183,14 +183,14 @@ class _Decoder:
 
 def _read_window(
     bundles: Sequence[Bundle], window: Sequence[Example], rules: RuleBook, before: int
-) -> tuple[list[_Line], DataError | None]:
+) -> tuple[list[_Line], LineError | None]:
     """Return the lines that can be read, up to the first that cannot, and the error that names it."""
     lines: list[_Line] = []
     try:
         for place, example in enumerate(window):
             lines.append(_read(bundles, place, example, rules))
     except DataError as error:
-        return lines, DataError(f"line {before + len(lines) + 1}: {error}")
+        return lines, LineError(before + len(lines) + 1, str(error))
     return lines, None
 
 

@@ -11,7 +11,7 @@ from encdec_cli.data.batch import collate
 from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.force import score_targets
-from encdec_cli.errors import DataError
+from encdec_cli.errors import LineError
 from encdec_cli.generation.alignment import word_links
 from encdec_cli.generation.lines import check_ensemble
 from encdec_cli.generation.search import longest_output, read_sources, threads
@@ -82,7 +82,7 @@ def score(
         longest: tokens after which targets are cut; None: they are not.
 
     Raises:
-        DataError: naming the line, counted over all windows from 1, for a target longer than the model reads.
+        LineError: for a target longer than the model reads; lines are counted over all windows.
     """
     check_ensemble(bundles, ensemble)
     read = 0
@@ -101,8 +101,8 @@ def _read(bundles: Sequence[Bundle], number: int, example: Example, longest: int
     target = first.target.encode(first.task.target(example))[:longest]
     most = longest_output(bundles)
     if most is not None and len(target) > most:
-        raise DataError(
-            f"line {number}: a target of {len(target):,} tokens, and the model reads at most {most:,}; shorten it."
+        raise LineError(
+            number, f"a target of {len(target):,} tokens, and the model reads at most {most:,}; shorten it."
         )
     pieces = [first.target.vocabulary.token(token) for token in (*target, EOS)]
     return _Pair(sources, target, Scored(example, pieces, [], truncated=cut))

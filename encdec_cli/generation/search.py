@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.bundle.bundle import Bundle, load_alike
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.decoding import coverage
 from encdec_cli.decoding.attention import Head, align
 from encdec_cli.decoding.ensemble import MEAN, Ensemble
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_of
-from encdec_cli.decoding.speculative import Draft, DraftedStepper, Speculative
 from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
-from encdec_cli.errors import BundleError
 from encdec_cli.generation.rules import RuleBook
+from encdec_cli.models.model import Model
 from encdec_cli.text.example import Example
 
 
@@ -92,10 +90,11 @@ class Search:
         self.coverage = coverage
         self._most = longest_output(bundles)
         self.rules = RuleBook(strategy, bundles[0], self._most)
-        self.draft: Bundle | None = None
-        """What proposes tokens, if the strategy asks for a draft."""
-        if isinstance(strategy, Speculative):
-            self.draft = load_draft(strategy.draft, bundles[0])
+        self.helper: Model | None = None
+        """What helps the strategy, if it asks for a helper."""
+        path = strategy.helper()
+        if path is not None:
+            self.helper = load_alike("draft", path, bundles[0]).model
             batches = [collate([[]], None, [0]) for _ in bundles]
             self._stepper(batches, 1, NEVER_WRITTEN)  # a state that cannot be cropped is told of here, once
 
@@ -117,11 +116,8 @@ class Search:
         """Return what gives the scores. batches: as each model reads them; longest: most tokens of any output."""
         sources = [batch.source.to(self.device) for batch in batches]
         masks = [batch.source_mask.to(self.device) for batch in batches]
-        if self.draft is None or not isinstance(self.strategy, Speculative):
-            return Stepper(self.models, sources, masks, self.strategy.rows, self.ensemble, forbidden)
-        small = Stepper([self.draft.model], sources[0], masks[0])
-        draft = Draft(small, self.strategy.draft_tokens, longest)
-        return DraftedStepper(self.models, sources, masks, draft, self.ensemble, forbidden)
+        helper = None if self.helper is None else Stepper([self.helper], sources[0], masks[0])
+        return self.strategy.stepper((self.models, sources, masks), self.ensemble, forbidden, helper, longest)
 
     def _look_back(self, batch: Batch, found: list[list[Hypothesis]]) -> None:
         """Let the first model read every hypothesis once more, to see what it looks at."""
@@ -149,24 +145,3 @@ class Search:
         if self._most is not None:
             maximum = maximum.clamp(max=self._most)
         return Limits(minimum.minimum(maximum), maximum, [job.constraints for job in jobs])
-
-
-def load_draft(path: Path, bundle: Bundle) -> Bundle:
-    """Return the bundle at `path`, whose model is to propose tokens for that of `bundle`.
-
-    Raises BundleError unless it reads and writes the same ids, and as many of them.
-    """
-    draft = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
-    for side, ours, theirs in (("source", bundle.source, draft.source), ("target", bundle.target, draft.target)):
-        if ours.vocabulary.sha256 != theirs.vocabulary.sha256:
-            raise BundleError(
-                f"draft {path}: its {side} vocabulary is another than the model's ({len(theirs.vocabulary)} and "
-                f"{len(ours.vocabulary)} tokens); train both on the same prepared data."
-            )
-    most, least = draft.model.max_positions, bundle.model.max_positions
-    if most is not None and (least is None or most < least):
-        raise BundleError(
-            f"draft {path}: reads {most} positions at most, fewer than the model it is to help; train it with "
-            "`positions: sinusoidal` or `rotary`, or with as many positions."
-        )
-    return draft

@@ -7,8 +7,13 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+import torch
+
 from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.config import parse_component
+from encdec_cli.errors import UsageError
 from encdec_cli.generation.lines import Candidate, Generated, Options, generate
+from encdec_cli.registry import rerankers
 from encdec_cli.text.example import Example
 
 
@@ -32,6 +37,24 @@ def rerank(result: Generated, reranker: Reranker, n_best: int) -> Generated:
     scored = [replace(one, rerank_score=score) for one, score in zip(result.candidates, scores, strict=True)]
     order = sorted(range(len(scored)), key=lambda place: -scores[place])
     return replace(result, candidates=[scored[place] for place in order[:n_best]])
+
+
+def decode(
+    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options, named: str | None
+) -> Generator[Generated, None, None]:
+    """Decode as `generate` does; where a reranker is `named`, order the outputs of each line anew by it.
+
+    Raises UsageError if there is nothing to order, or no such reranker.
+    """
+    if not named:
+        return generate(bundles, windows, options)
+    reranker: Reranker = parse_component(named, rerankers, "--rerank")
+    if options.strategy.beam == 1:
+        raise UsageError(f"--rerank {named}: the search gives 1 output a line; it needs a beam of several to order.")
+    reranker.load(str(bundles[0].device))
+    if options.exact or options.workers > 1:
+        torch.set_num_threads(1)  # the workers have the other cores; and what is exact must not depend on their number
+    return generate_reranked(bundles, windows, options, reranker)
 
 
 def generate_reranked(

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from encdec_cli import atomic
 from encdec_cli.bundle.run import data_folder
+from encdec_cli.corpora.synthetic import Synthetic
 from encdec_cli.data.prepare import Prepared, is_current, prepare
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, fingerprint
 
 
-def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tuple[Prepared, bool]:
+def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device: str = "cpu") -> tuple[Prepared, bool]:
     """Return the run's prepared data, and whether it had to be made now.
 
-    Call it under the lock of the run. `say` is given sentences for the user. Raises UsageError, and leaves what is
+    Call it under the lock of the run. `say` is given sentences for the user; `device` is where models compute that
+    write a part of the corpus. Raises UsageError, and leaves what is
     there, if the run has learned from other data.
     """
     folder = data_folder(run)
@@ -26,6 +28,10 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None]) -> tupl
     mark = f"{fingerprint(recipe, DATA_SECTIONS)} {corpus.fingerprint()} {code}"
     if is_current(folder, mark):
         return Prepared.open(folder), False
+    if isinstance(corpus, Synthetic):
+        from encdec_cli.training.synthesis import write_outputs  # noqa: PLC0415 - it needs torch, most corpora do not
+
+        write_outputs(corpus, run / "synthetic", device, say)
     say(f"preparing data in {folder}")
     return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say, partial(_accept, recipe, run)), True
 

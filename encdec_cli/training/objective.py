@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
+from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
 from encdec_cli.training.guide import GuidedAttention, chosen_head
 from encdec_cli.training.loss import CHUNK, Criterion, chunked_loss, real_rows
 from encdec_cli.training.risk import ExpectedRisk
+from encdec_cli.training.teacher import with_teacher
 
 
 class Objective(Protocol):
@@ -113,7 +115,7 @@ class Mixture:
 
 
 def make_objective(bundle: Bundle, store: Store) -> Objective:
-    """Return the objective of a recipe: what its `train`, `regularize`, `guide` and `risk` add up to.
+    """Return the objective of a recipe: what its `train`, `regularize`, `teacher`, `guide` and `risk` add up to.
 
     Args:
         bundle: the model that learns, on its device, and its recipe. Raises UsageError if it has no head to guide.
@@ -123,7 +125,11 @@ def make_objective(bundle: Bundle, store: Store) -> Objective:
     if recipe.regularize.smoothing_prior == "unigram":
         prior = _unigram(store, len(bundle.target.vocabulary)).to(bundle.device)
     objective: Objective = CrossEntropy(smoothing, prior)
-    if recipe.regularize.rdrop:
+    if recipe.teacher.model and recipe.regularize.rdrop:
+        raise UsageError("regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null.")
+    if recipe.teacher.model:
+        objective = with_teacher(bundle, recipe.teacher.model, prior)
+    elif recipe.regularize.rdrop:
         objective = RDrop(smoothing, prior, recipe.regularize.rdrop)
     share = recipe.risk.weight if recipe.risk.metric else 0.0
     parts: list[tuple[float, Objective]] = [(1 - share, objective), (share, ExpectedRisk(recipe.risk.sharpness))]

@@ -72,6 +72,7 @@ def _is_data(key: str) -> bool:
 def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
     flat = _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
+    flat["teacher"] = facts_.get("teacher")
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}
 
 
@@ -88,5 +89,5 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
 def _is_fixed(key: str) -> bool:
     parts = key.split(".")
     if parts[0] != "recipe":
-        return key in ("data_hash", "precision")
+        return key in ("data_hash", "precision", "teacher")
     return parts[1] in _FIXED or (parts[1] == "train" and parts[2] in _FIXED_TRAIN)

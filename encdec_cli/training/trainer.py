@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.bundle import Bundle, build_model
+from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import recover
 from encdec_cli.data.prepare import Prepared
@@ -88,6 +88,8 @@ class Trainer:
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
+        if teacher := setting.recipe.teacher.model:
+            self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")

@@ -1,0 +1,166 @@
+"""`encdec distill`: a small model from what a large one writes, and what that gains and costs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from encdec_cli.cli.options import (
+    DeviceOption,
+    MetricOption,
+    OverridesArgument,
+    PluginOption,
+    RerankOption,
+    RunOption,
+    StrategyOption,
+)
+
+if TYPE_CHECKING:
+    from encdec_cli.evaluation.metrics import Metric
+    from encdec_cli.evaluation.report import Score
+    from encdec_cli.recipe import Recipe
+    from encdec_cli.text.example import Example
+
+
+def distill(
+    teacher: Annotated[
+        Path, typer.Argument(metavar="TEACHER", help="Bundle or run of the large model.", show_default=False)
+    ],
+    student: Annotated[
+        Path, typer.Option("--student", metavar="RECIPE", help="The small model's recipe.", show_default=False)
+    ],
+    overrides: OverridesArgument = None,
+    model: Annotated[
+        list[Path] | None,
+        typer.Option("--model", "-m", metavar="PATH", help="A further teacher; repeat: they are an ensemble."),
+    ] = None,
+    output: RunOption = None,
+    strategy: StrategyOption = None,
+    rerank: RerankOption = None,
+    metric: MetricOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    device: DeviceOption = "cpu",
+    plugin: PluginOption = None,
+) -> None:
+    """Train a small model on what a large one writes for its training sources, and tell what was gained and lost.
+
+    The teacher decodes the sources of the student's recipe, what looks wrong is left out, the student learns the rest
+    (sequence-level knowledge distillation), and teacher and student are measured on the test split: sentences a
+    second, and each metric with its 95 % interval. Started again, it goes on where it was interrupted. KEY=VALUE
+    changes a key of the student's recipe.
+    """
+    from encdec_cli.bundle.run import default_run
+    from encdec_cli.cli.evaluate import chosen_metrics
+    from encdec_cli.cli.train import train_run
+    from encdec_cli.errors import UsageError
+    from encdec_cli.models.quantised import supported
+    from encdec_cli.recipe import load
+
+    recipe = load(student, overrides or [], plugins=plugin or [])
+    metrics, examples = chosen_metrics(metric or recipe.task.config.metrics), _held_out(recipe)
+    if any(one.needs_model for one in metrics):
+        raise UsageError(
+            "--metric perplexity: outputs are compared; a metric of probabilities needs `encdec evaluate`."
+        )
+    recipe = _with_outputs(recipe, [teacher, *(model or [])], strategy, rerank)
+    run = output or default_run(student)
+    train_run(recipe, run, device)
+    small = "int8" if device == "cpu" and supported() else "bf16"
+    models = [(teacher, "fp32"), (run, "fp32"), (run, small)]
+    _print(_rows(models, examples, device, metrics), as_json)
+
+
+def _with_outputs(recipe: Recipe, teachers: list[Path], strategy: str | None, rerank: str | None) -> Recipe:
+    """Return the recipe with the teachers' outputs as its targets."""
+    from encdec_cli.config import Component
+    from encdec_cli.corpora.distilled import Distilled
+
+    data = Distilled(corpus=recipe.data, models=teachers, strategy=strategy or "", rerank=rerank or "")
+    return replace(recipe, data=Component("distilled", data, Distilled))
+
+
+def _held_out(recipe: Recipe) -> list[Example]:
+    """Return the test split, else the validation split."""
+    from encdec_cli.cli import console
+    from encdec_cli.errors import UsageError
+
+    examples = list(recipe.data.config.read("test"))
+    if not examples:
+        examples = list(recipe.data.config.read("valid"))
+        console.warn("the recipe names no test split (data.test): the table tells of the validation split")
+    if not examples:
+        raise UsageError("data: neither a test nor a valid split; there is nothing to compare the models on.")
+    return examples
+
+
+@dataclass
+class _Row:
+    """A model as it was measured."""
+
+    model: str
+    parameters: int
+    precision: str
+    sentences_per_second: float
+    speed_up: float
+    """Sentences a second, divided by the teacher's."""
+    scores: list[Score]
+    """With the teacher's outputs as the baseline, but for the teacher's own."""
+
+
+def _rows(
+    models: Sequence[tuple[Path, str]], examples: list[Example], device: str, metrics: list[Metric]
+) -> list[_Row]:
+    """Measure models, each in a precision, one after the other; the first one is what the others are compared with."""
+    from encdec_cli.cli.evaluate import write_hypotheses
+    from encdec_cli.cli.models import load_bundles
+    from encdec_cli.evaluation.report import Outputs, evaluate
+    from encdec_cli.evaluation.significance import Resampling
+
+    rows: list[_Row] = []
+    references = [[example.target or "" for example in examples]]
+    baseline: list[str] | None = None
+    sizes: dict[Path, int] = {}
+    for path, precision in models:
+        bundle = load_bundles([path], device, [], precision)[0]
+        # In 8 bits weights are parameters no more.
+        size = sizes.setdefault(path, sum(parameter.numel() for parameter in bundle.model.parameters()))
+        began = time.perf_counter()
+        lines = write_hypotheses(bundle, examples, None)
+        rate = len(examples) / (time.perf_counter() - began)
+        outputs = Outputs(references=references, hypotheses=lines, baseline=baseline)
+        scores = evaluate(metrics, outputs, Resampling()).scores
+        first = rows[0].sentences_per_second if rows else rate
+        rows.append(_Row(str(path), size, precision, rate, rate / first, scores))
+        baseline = baseline or lines
+    return rows
+
+
+def _table(rows: list[_Row]) -> list[list[str]]:
+    """Return the cells of the rows below those of the head."""
+    head = ["model", "parameters", "precision", "sentences/s", "speed-up"]
+    head += [cell for score in rows[0].scores for cell in (score.name, "difference")]
+    table = [head]
+    for row in rows:
+        cells = [row.model, f"{row.parameters:,}", row.precision, f"{row.sentences_per_second:.1f}"]
+        cells.append(f"{row.speed_up:.2f}")
+        for score in row.scores:
+            cells += [score.brief(), score.difference()]
+        table.append(cells)
+    return table
+
+
+def _print(rows: list[_Row], as_json: bool) -> None:
+    from encdec_cli.cli import console
+
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], ensure_ascii=False))
+        return
+    print(console.table(_table(rows)))
+    for score in rows[0].scores:
+        print(f"{score.name}: {score.signature}")
