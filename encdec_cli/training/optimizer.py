@@ -104,6 +104,11 @@ class Optimizer:
             weight.gradient = None
             _publish(weight)
 
+    def forget(self) -> None:
+        """Forget the collected gradients; the weights stay as they are."""
+        for weight in self._weights:
+            weight.gradient = None
+
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
         return {weight.name: weight.master for weight in self._weights}
