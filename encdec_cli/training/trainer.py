@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
-from encdec_cli.bundle.run import recover
+from encdec_cli.bundle.run import FACTS, recover
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
@@ -99,6 +100,7 @@ class Trainer:
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
+        atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
         progress = self.progress
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
