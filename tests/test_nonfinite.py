@@ -67,7 +67,7 @@ def clean(recipe, tmp_path_factory) -> Trainer:
     ("step", "value", "in_loss"), [(2, math.nan, True), (9, math.inf, False), (13, -math.inf, False)]
 )
 def test_it_stops_before_the_update_with_the_batch_and_its_rows(recipe, clean, tmp_path, value, step, in_loss):
-    made = poisoned(trainer(recipe, tmp_path / "run", *SMALL), {step}, value, in_loss)
+    made = poisoned(trainer(recipe, tmp_path / "run", *SMALL, "train.save_every=1"), {step}, value, in_loss)
     with pytest.raises(NonFiniteError) as caught:
         made.run(ignore)
     said = str(caught.value)

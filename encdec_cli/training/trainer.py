@@ -205,12 +205,11 @@ class Trainer:
         what = f"update {step}: {found}, from {nonfinite.named(places, counts['read'] == counts['kept'])}"
         back_to = nonfinite.anchor(train, checkpoint.steps(self.checkpoints))
         reason = nonfinite.reason_to_stop(train, step, progress.skipped, back_to)
-        if reason is not None:
-            if self._unsaved:
-                self._save()
+        if reason is not None:  # nothing is saved: what came before may be what ruined the weights
+            newest = max(checkpoint.steps(self.checkpoints), default=0)
             raise NonFiniteError(
-                f"{what}. Not made, the weights of update {step - 1} are saved; {reason}. Lower train.rate, raise "
-                "train.warmup, or use train.precision=fp32."
+                f"{what}; the weights are untouched and the last checkpoint is good (update {newest}); {reason}; "
+                "lower train.rate, raise train.warmup, or use train.precision=fp32."
             )
         if train.on_nan == "rollback" and back_to is not None:
             self._take(checkpoint.load(self.checkpoints, back_to).tensors)
