@@ -97,16 +97,18 @@ class History:
                 return float((lines[-1]["step"] - first["step"]) / seconds)
         return None
 
-    def alarms(self, now: float) -> list[str]:
-        """Return what somebody should look at, in sentences without a full stop."""
-        found = [f"update {line['step']} left out: {line['found']}" for line in self.events("non_finite")[-3:]]
+    def _rising(self) -> list[str]:
         losses = [line["loss"] for line in self.events("train") if line.get("loss") is not None]
         count = max(5, len(losses) // 10)
         late, before = losses[-count:], losses[-2 * count : -count]
-        if len(before) == count and sum(late) > _WORSE * sum(before):
-            found.append(
-                f"the loss rises: {sum(late) / count:.3f} over {count} lines, {sum(before) / count:.3f} before"
-            )
+        if len(before) < count or sum(late) <= _WORSE * sum(before):
+            return []
+        return [f"the loss rises: {sum(late) / count:.3f} over {count} lines, {sum(before) / count:.3f} before"]
+
+    def alarms(self, now: float) -> list[str]:
+        """Return what somebody should look at, in sentences without a full stop."""
+        found = [f"update {line['step']} left out: {line['found']}" for line in self.events("non_finite")[-3:]]
+        found += self._rising()
         times = [line["seconds"] for line in self.lines[-20:]]
         usual = max((b - a for a, b in pairwise(times)), default=0.0)
         if self.alive and self.written and now - self.written > max(_QUIET, 5 * usual):
