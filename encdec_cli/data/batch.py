@@ -44,6 +44,12 @@ class Batch:
         target = None if self.target is None else self.target.to(device)
         return Batch(self.source.to(device), target, self.rows)
 
+    def take(self, begin: int, end: int) -> Batch:
+        """Return the examples `begin … end - 1`, padded no longer than they need; no copies."""
+        source, target = self.source[begin:end], self.known_target[begin:end]
+        longest = [int((side != PAD).sum(1).max()) for side in (source, target)]
+        return Batch(source[:, : longest[0]], target[:, : longest[1]], self.rows[begin:end])
+
 
 def collate(sources: Ragged | Sequences, targets: Ragged | Sequences | None, rows: Sequence[int]) -> Batch:
     """Make a batch of sequences of ids (without BOS and EOS); `rows` says where each comes from.

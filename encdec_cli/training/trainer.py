@@ -81,7 +81,8 @@ class Trainer:
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
         objective = make_objective(self.train)
-        self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
+        gradients = model, self.optimizer.parameters, objective, self.train.accumulate
+        self.gradients = Gradients(*gradients, say=setting.say)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         self.checkpoints = setting.run / "checkpoints"
