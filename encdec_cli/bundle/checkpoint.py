@@ -70,8 +70,10 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `folder`, in place of an older one of the same update."""
     path = folder / step_name(checkpoint.progress.step)
     content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
+    state = tensors.to_bytes(checkpoint.tensors)
     with atomic.new_folder(path) as temporary:
-        (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
+        atomic.need_room(temporary, len(state))
+        (temporary / _STATE).write_bytes(state)
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
 
 
