@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -43,6 +44,8 @@ def main() -> int:
     unknown = set(chosen.tests) - TESTS.keys()
     if unknown:
         parser.error(f"no test {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell in the background has it ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = Path(tempfile.mkdtemp(prefix="encdec-reliability-"))
     rows, failed = [["TEST", "WHAT", "CASES", "WRONG", "SECONDS"]], 0
     bench = Bench(folder, chosen.seed, chosen.share)

@@ -80,7 +80,7 @@ def system_calls(bench: Bench, overrides: tuple[str, ...], calls: str) -> list[t
 def signals(bench: Bench) -> Iterator[Result]:
     """T3: SIGTERM, SIGINT, SIGHUP and two SIGINT, in the data, in training, in a validation, in a save."""
     kinds = [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGHUP, 1, 143), (signal.SIGINT, 2, 130)]
-    places = [("read", 1), ("update", 1), ("update", 7), ("search", 1), ("fsync", 9), ("rename", 6)]
+    places = [("read", 1), ("update", 1), ("update", 4), ("search", 1), ("fsync", 9), ("rename", 6)]
     cases = [(kind, place) for place in places for kind in kinds]
     for (number, times, code), (point, count) in bench.some(cases):
         run = bench.new() if point == "read" else bench.with_data(*SAVES)
