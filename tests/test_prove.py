@@ -71,7 +71,7 @@ def test_the_proof(recipe, tmp_path):
     done = encdec("train", recipe, *SMALL, "--prove-resume", "1", cwd=tmp_path, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("exact: 1 kills -9 in 1 run(s) of 21 updates, ")
-    assert "kill 1: " in done.stderr
+    assert "kill 1 of 1: " in done.stderr
     assert not (tmp_path / "runs").exists()
     assert not list(tmp_path.glob("encdec-prove-*"))
 

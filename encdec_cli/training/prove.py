@@ -65,7 +65,9 @@ def prove(words: Sequence[str], kills: int, seed: int, folder: Path, say: Callab
         run = folder / f"killed-{runs}"
         runs += 1
         shutil.copytree(data_folder(unbroken), data_folder(run))
-        done += _killed(words, run, kills - done, moments, say)
+        for _ in _killed(words, run, kills - done, moments):
+            done += 1
+            say(f"kill {done} of {kills}: {_lines(run)} lines in the log")
         differences += [f"{run}: {what}" for what in compare(unbroken, run)]
         if not differences:
             shutil.rmtree(run)
@@ -102,9 +104,9 @@ def _unbroken(words: Sequence[str], run: Path, steps: int) -> tuple[float, float
     return first - began, (time.monotonic() - first) / steps
 
 
-def _killed(words: Sequence[str], run: Path, most: int, moments: _Moments, say: Callable[[str], None]) -> int:
-    """Train a run to its end, killing it up to `most` times; return how often."""
-    for kills in range(most):
+def _killed(words: Sequence[str], run: Path, most: int, moments: _Moments) -> Iterator[None]:
+    """Train a run to its end with up to `most` kills, and yield after each."""
+    for _ in range(most):
         lines, seconds = moments.next()
         lines += _lines(run) if lines else 0
         process = _start(words, run)
@@ -115,10 +117,9 @@ def _killed(words: Sequence[str], run: Path, most: int, moments: _Moments, say: 
             process.kill()
         if process.wait() != -signal.SIGKILL:  # it was quicker
             _check(process.returncode, run)
-            return kills
-        say(f"kill {kills + 1}: {_lines(run)} lines in the log")
+            return
+        yield
     _finish(_start(words, run), run)
-    return most
 
 
 def _start(words: Sequence[str], run: Path) -> subprocess.Popen[bytes]:
