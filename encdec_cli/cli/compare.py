@@ -27,13 +27,14 @@ _FIELD = {By.updates: "step", By.tokens: "tokens", By.time: "seconds"}
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, such as runs/mt.")],
+    # Hidden, since the help would show its Python type.
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, such as runs/mt.", hidden=True)],
     by: Annotated[
         By, typer.Option("--by", metavar="|".join(By), help="What the scores of a row have in common.")
     ] = By.updates,
     as_json: Annotated[bool, typer.Option("--json", help="Write one JSON object with every number.")] = False,
 ) -> None:
-    """Lay runs side by side: where their recipes differ, their validation scores at the same point, and their ends.
+    """Lay runs such as runs/mt side by side: where their recipes differ, their scores at the same point, their ends.
 
     A point is an update, a number of target tokens, or a time of training; each run shows its last validation up to
     there. Runs that still learn can be compared as well.
