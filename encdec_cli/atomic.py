@@ -75,6 +75,20 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def need_room(path: Path, size: int) -> None:
+    """Raise ResourceError unless there are `size` bytes free below the parent of `path`, which is there.
+
+    Before anything is written, so that a full disk is met with what it held.
+    """
+    with disk_errors(path):
+        free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ResourceError(
+            f"{path}: disk full: {size:,} bytes are needed, {free:,} are free; free some space and start again: what "
+            "was saved before is kept."
+        )
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder (plain files only) inside the `with` block; commit it as `path` at its end.

@@ -71,6 +71,8 @@ class Train:
     """Probability that the loss takes from the right token and spreads over all."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers of the forward and backward pass; auto takes bf16 where the machine is fast at it."""
+    on_nan: Literal["stop", "skip", "rollback"] = "stop"
+    """After a loss or gradient that is not finite: stop, skip the update, or also roll back to the last checkpoint."""
     save_every: int = 500
     """Updates between two checkpoints."""
     keep: int = 1

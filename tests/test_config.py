@@ -493,7 +493,7 @@ def test_the_sections_hold_exactly_the_keys_that_were_agreed():
     text = "tokenizer algorithm vocabulary shared max_source max_target too_long"
     train = (
         "steps tokens accumulate optimizer rate betas weight_decay warmup schedule clip label_smoothing precision "
-        "save_every keep validate_every valid_lines metric patience ema freeze average average_of log_every "
+        "on_nan save_every keep validate_every valid_lines metric patience ema freeze average average_of log_every "
         "seed threads"
     )
     assert " ".join(vars(recipe.Text())) == text

@@ -16,10 +16,12 @@ from pathlib import Path
 import pytest
 
 from encdec_cli.atomic import MANIFEST, verify
+from encdec_cli.errors import ResourceError
 from tests.conftest import copy_task, environment, start, write_lines
 from tests.forked import TIMEOUT, Command
 from tests.test_resume import fingerprint, lines_of
 from tests.test_train_cli import SHORT, refused
+from tests.trainers import ignore, trainer
 
 # A corpus and a search that wait until they are told to go on, and a disk that kills at the n-th step of a save.
 PLUGIN = '''\
@@ -204,6 +206,18 @@ def test_no_room_while_saving_keeps_what_was_saved(forks, finished, tmp_path):
     ours, theirs = fingerprint(run)["files"], fingerprint(unbroken)["files"]
     state = "state.safetensors"
     assert ours["step_00000010"]["files"][state] == theirs["step_00000010"]["files"][state]
+
+
+def test_a_checkpoint_that_does_not_fit_is_not_begun(recipe, tmp_path, monkeypatch):
+    made = trainer(recipe, tmp_path / "run", *SHORT)
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: free._replace(free=5000 if made.progress.step > 5 else free.free)
+    )
+    with pytest.raises(ResourceError, match=r"step_00000010\S*: disk full: [\d,]+ bytes are needed, 5,000 are free"):
+        made.run(ignore)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000005"]
+    verify(tmp_path / "run" / "checkpoints" / "step_00000005")
 
 
 def test_a_disk_that_is_really_full(recipe, tmp_path):

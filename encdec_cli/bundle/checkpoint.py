@@ -41,6 +41,10 @@ class Progress:
     """Validations since the last better one."""
     kept: list[int] = field(default_factory=list)
     """Updates whose bundles are kept for averaging, oldest first."""
+    skipped: list[int] = field(default_factory=list)
+    """Updates left out since their loss or gradient was not finite, oldest first."""
+    order: str = ""
+    """SHA-256 of this text before the last update and of that update's examples: of all, in their order."""
     log_lines: int = 0
     """Lines of the log that belong to this state."""
     finished: bool = False
@@ -66,15 +70,21 @@ def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `folder`, in place of an older one of the same update."""
     path = folder / step_name(checkpoint.progress.step)
     content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
+    state = tensors.to_bytes(checkpoint.tensors)
     with atomic.new_folder(path) as temporary:
-        (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
+        atomic.need_room(temporary, len(state))
+        (temporary / _STATE).write_bytes(state)
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
 
 
-def drop(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest checkpoints: after a save, and when a run goes on that died before this."""
+def drop(folder: Path, keep: int, anchor: int | None = None) -> None:
+    """Delete all but the `keep` newest checkpoints, and the one of update `anchor`.
+
+    After a save, and when a run goes on that died before this.
+    """
     for old in steps(folder)[:-keep]:
-        atomic.remove_folder(folder / step_name(old))
+        if old != anchor:
+            atomic.remove_folder(folder / step_name(old))
 
 
 def steps(folder: Path) -> list[int]:
@@ -110,6 +120,12 @@ def recover(folder: Path) -> None:
     if folder.is_dir():
         for name in {path.name.split(".")[0] for path in folder.iterdir() if "." in path.name}:
             atomic.recover(folder / name)
+
+
+def load(folder: Path, step: int) -> Checkpoint:
+    """Return the checkpoint of an update. Raises BundleError that names what is damaged."""
+    atomic.verify(folder / step_name(step))
+    return _read(folder / step_name(step))
 
 
 def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:

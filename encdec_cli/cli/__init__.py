@@ -19,18 +19,22 @@ from encdec_cli.cli import console
 from encdec_cli.cli.average import average
 from encdec_cli.cli.chat import chat
 from encdec_cli.cli.distill import distill
+from encdec_cli.cli.compare import compare
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
 from encdec_cli.cli.generate import generate
 from encdec_cli.cli.listing import list_components
 from encdec_cli.cli.preprocess import preprocess
 from encdec_cli.cli.train import train
+from encdec_cli.cli.watch import watch
 from encdec_cli.errors import EncdecError, ExitCode
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "preprocess": preprocess,
     "train": train,
     "distill": distill,
+    "watch": watch,
+    "compare": compare,
     "generate": generate,
     "evaluate": evaluate,
     "average": average,
@@ -43,6 +47,8 @@ SUMMARIES = {
     "preprocess": "Read a recipe's corpus and write what training reads.",
     "train": "Train a model from a recipe, or go on where it was stopped.",
     "distill": "Train a small model on what a large one writes, and compare them.",
+    "watch": "Show how a run stands, from another terminal.",
+    "compare": "Lay the recipes and the curves of runs side by side.",
     "generate": "Translate, summarise or answer: lines in, lines out.",
     "evaluate": "Score outputs against references, with intervals and tests.",
     "average": "Write a model that is the mean of several.",

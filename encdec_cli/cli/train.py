@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,6 +31,15 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check the recipe, prepare the data, try the largest batch; train nothing."),
     ] = False,
+    prove_resume: Annotated[
+        int | None,
+        typer.Option(
+            "--prove-resume",
+            metavar="N",
+            min=1,
+            help="Train a short copy of the run, and again with N kills -9; compare all bytes. The run is left alone.",
+        ),
+    ] = None,
     plugin: PluginOption = None,
 ) -> None:
     """Train a model: prepare the data if need be, learn, validate, keep the best.
@@ -48,6 +59,11 @@ def train(
     from encdec_cli.recipe import load
 
     loaded = load(recipe, overrides or [], plugins=plugin or [])
+    if prove_resume is not None:
+        own = [f"--init-from={init_from}"] if init_from else []
+        own += [f"--plugin={path}" for path in plugin or []]
+        _prove([str(recipe), *(overrides or []), f"--device={device}", *own], prove_resume, loaded.train.seed)
+        return
     train_run(loaded, output or default_run(recipe), device, init_from, dry_run)
 
 
@@ -84,6 +100,29 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
             with console.progress("training", steps, step) as bar:
                 trainer.run(TrainingProgress(bar, steps, step).progress)
             console.say(f"model: {run}")
+
+
+def _prove(words: Sequence[str], kills: int, seed: int) -> None:
+    import tempfile
+
+    from encdec_cli.cli import console
+    from encdec_cli.errors import CheckError
+    from encdec_cli.training.prove import prove
+
+    folder = Path(tempfile.mkdtemp(prefix="encdec-prove-"))
+    keep = False
+    try:
+        proof = prove(words, kills, seed, folder, console.say)
+        keep = bool(proof.differences)
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    if proof.differences:
+        raise CheckError(f"not exact: {'; '.join(proof.differences[:5])}; both runs are kept in {folder}.")
+    print(
+        f"exact: {proof.kills} kills -9 in {proof.runs} run(s) of {proof.updates} updates, {proof.seconds:.0f} s; "
+        "weights, moments, log and order of the examples are those of the unbroken run, byte for byte"
+    )
 
 
 def _dry_run(trainer: Trainer) -> str:

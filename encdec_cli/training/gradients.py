@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.data.batch import Batch
+from encdec_cli.errors import ResourceError
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.training.objective import Objective
@@ -29,17 +30,31 @@ class Gradients:
     it makes no difference). A micro-batch does not depend on its neighbours, so neither does the update. Their memory
     adds up.
 
+    A micro-batch for which there is not enough memory is computed in halves, and these in halves, down to single
+    examples: the gradient is the same but for rounding and dropout. It then depends on the memory of the machine, and
+    a run that is started again elsewhere may differ in the last bits.
+
     Args:
         model: in any mode; it is put into training mode.
         parameters: those that learn.
         objective: what is differentiated.
         most: micro-batches of an update.
+        say: is given a sentence for each size of micro-batch that had to be halved.
     """
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        most: int,
+        say: Callable[[str], object] = str,
+    ) -> None:
         self.model = model
         self.parameters = parameters
         self.objective = objective
+        self.say = say
+        self._halved: set[tuple[int, ...]] = set()
         self.threads = torch.get_num_threads()
         together = model.side_by_side and parameters[0].device.type == "cpu"
         self.workers = min(most, self.threads) if together else 1
@@ -62,14 +77,43 @@ class Gradients:
         jobs = iter([(batch, weight, (seed * 1_000_003 + number) % (1 << 63)) for number, batch in enumerate(batches)])
         if self.workers == 1:
             for job in jobs:
-                torch.manual_seed(job[2])  # for a model that draws from there
-                yield self._one(*job)
+                yield self._tried(job) or self._in_halves(*job)
             return
         while group := list(islice(jobs, self.workers)):
             with self._few_threads():
-                done = list(self._pool.map(lambda job: self._one(*job), group))
-            while done:  # given away one by one, so that no gradient outlives its use
-                yield done.pop(0)
+                done = list(self._pool.map(self._tried, group))
+            for job in group:  # given away one by one, so that no gradient outlives its use
+                yield done.pop(0) or self._in_halves(*job)  # by now without neighbours
+
+    def _tried(self, job: tuple[Batch, float, int]) -> Gradient | None:
+        """Return loss and gradient of a micro-batch; None if there is not enough memory."""
+        if self.workers == 1:
+            torch.manual_seed(job[2])  # for a model that draws from there
+        try:
+            return self._one(*job)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Here, where the error no longer holds what was computed.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _in_halves(self, batch: Batch, weight: float, seed: int) -> Gradient:
+        """Return loss and gradient of a micro-batch that does not fit; ResourceError if one example does not."""
+        rows, shapes = len(batch.rows), f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
+        if rows == 1:
+            raise ResourceError(
+                f"out of memory for training example {batch.rows[0] + 1} alone ({shapes}); use a smaller model, lower "
+                "text.max_source and text.max_target, or take a larger machine."
+            )
+        size = (*batch.source.shape, batch.known_target.shape[1])
+        if size not in self._halved:
+            self._halved.add(size)
+            self.say(f"out of memory for {rows} examples ({shapes}): computed in halves; lower train.tokens")
+        parts = batch.take(0, rows // 2), batch.take(rows // 2, rows)
+        jobs = [(part, weight, (seed * 1_000_003 + 1 + number) % (1 << 63)) for number, part in enumerate(parts)]
+        return _sum(*(self._tried(job) or self._in_halves(*job) for job in jobs))
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
         with drawing(seed):
@@ -85,3 +129,14 @@ class Gradients:
             yield
         finally:
             torch.set_num_threads(self.threads)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory, of a device or of the machine, is not enough."""
+    words = ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(each in str(error) for each in words)
+
+
+def _sum(a: Gradient, b: Gradient) -> Gradient:
+    pairs = zip(a[1], b[1], strict=True)
+    return a[0] + b[0], tuple(y if x is None else x if y is None else x.add_(y) for x, y in pairs)

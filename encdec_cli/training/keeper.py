@@ -17,6 +17,7 @@ from encdec_cli.bundle.checkpoint import Progress, step_name
 from encdec_cli.bundle.run import point
 from encdec_cli.errors import BundleError
 from encdec_cli.recipe import Train
+from encdec_cli.training.nonfinite import anchor
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation, finite
 
@@ -102,7 +103,8 @@ class Keeper:
         """
         if progress.model:
             point(self.link, self.folder / progress.model)
-        checkpoint.drop(self.checkpoints, self.train.keep)
+        goal = anchor(self.train, checkpoint.steps(self.checkpoints)) if self.train.on_nan == "rollback" else None
+        checkpoint.drop(self.checkpoints, self.train.keep, goal)
         if self.folder.is_dir():
             wanted = {*checkpoint.models(self.checkpoints), self.link.resolve().name}
             for old in self.folder.iterdir():

@@ -126,6 +126,11 @@ class Optimizer:
             averages, masters = zip(*kept, strict=True)
             torch._foreach_lerp_(averages, masters, (1 - self.ema) / (1 - self.ema**self.updates))
 
+    def forget(self) -> None:
+        """Forget the collected gradients; the weights stay as they are."""
+        for weight in self._weights:
+            weight.gradient = None
+
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
         return {weight.name: weight.master for weight in (*self._weights, *self._frozen)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -13,17 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
-from encdec_cli.bundle.run import recover
+from encdec_cli.bundle.run import FACTS, recover
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
 from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
-from encdec_cli.training import precision, resume
+from encdec_cli.training import nonfinite, precision, resume
 from encdec_cli.training.clock import Clock
 from encdec_cli.training.feed import Feed
 from encdec_cli.training.gradients import Gradients
@@ -84,8 +86,8 @@ class Trainer:
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
-        objective = make_objective(self.bundle, self.store)
-        self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
+        gradients = model, self.optimizer.parameters, make_objective(self.bundle, self.store), self.train.accumulate
+        self.gradients = Gradients(*gradients, say=setting.say)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
         if teacher := setting.recipe.teacher.model:
@@ -106,6 +108,7 @@ class Trainer:
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
+        atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
         progress = self.progress
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
@@ -170,15 +173,17 @@ class Trainer:
         tokens = sum(int(batch.target_lengths.sum()) for batch in loaded)
         loss = 0.0
         # A seed of its own for each update: no random state has to be saved.
-        for part, gradient in self.gradients.of(loaded, 1 / tokens, self.train.seed * 1_000_003 + step):
+        job = loaded, 1 / tokens, self.train.seed * 1_000_003 + step
+        for part, gradient in self.gradients.of(*job):
             self.optimizer.collect(gradient)
             loss += part
         norm = self.optimizer.clip(self.train.clip)
-        self._check_finite(loss, norm, step, batches)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._leave_out(f"loss {loss}, gradient norm {norm}", batches, job)
+            return
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
         self.optimizer.step(rate)
-        self._unsaved = True
-        progress.step = step
+        self._passed(batches)
         progress.tokens += tokens
         progress.loss += loss
         progress.loss_tokens += tokens
@@ -186,15 +191,40 @@ class Trainer:
         if step % self.train.log_every == 0:
             self._log_training(rate, norm)
 
-    def _check_finite(self, loss: float, norm: float, step: int, batches: Sequence[Ints]) -> None:
-        if math.isfinite(loss) and math.isfinite(norm):
-            return
-        rows = ", ".join(str(row) for batch in batches for row in batch[:5].tolist())
-        raise NonFiniteError(
-            f"update {step}: loss {loss}, gradient norm {norm}; the weights are untouched and the last checkpoint is "
-            f"good (update {max(checkpoint.steps(self.checkpoints), default=0)}). First training examples of the "
-            f"update: {rows} …; lower train.rate, raise train.warmup, or use train.precision=fp32."
-        )
+    def _passed(self, batches: Sequence[Ints]) -> None:
+        """Note that the update with these examples is behind us."""
+        progress = self.progress
+        progress.step += 1
+        progress.order = hashlib.sha256(progress.order.encode() + np.concatenate(batches).tobytes()).hexdigest()
+        self._unsaved = True
+
+    def _leave_out(self, found: str, batches: Sequence[Ints], job: tuple[Sequence[Batch], float, int]) -> None:
+        """Go on after an update whose gradient is not finite, as `train.on_nan` says, or raise NonFiniteError.
+
+        A rollback takes the weights back and the data forward: with the same data it would end at the same place.
+        """
+        progress, train, step = self.progress, self.train, self.progress.step + 1
+        self.optimizer.forget()
+        first = progress.step * train.accumulate
+        parts = nonfinite.culprits(self.gradients, *job)
+        places = [(*divmod(first + part, len(self.sampler)), job[0][part]) for part in parts]
+        counts = self.setting.data.facts["splits"]["train"]
+        what = f"update {step}: {found}, from {nonfinite.named(places, counts['read'] == counts['kept'])}"
+        back_to = nonfinite.anchor(train, checkpoint.steps(self.checkpoints))
+        reason = nonfinite.reason_to_stop(train, step, progress.skipped, back_to)
+        if reason is not None:  # nothing is saved: what came before may be what ruined the weights
+            newest = max(checkpoint.steps(self.checkpoints), default=0)
+            raise NonFiniteError(
+                f"{what}; the weights are untouched and the last checkpoint is good (update {newest}); {reason}; "
+                "lower train.rate, raise train.warmup, or use train.precision=fp32."
+            )
+        if train.on_nan == "rollback" and back_to is not None:
+            self._take(checkpoint.load(self.checkpoints, back_to).tensors)
+        done = "left out" if train.on_nan == "skip" else f"left out, with all updates after {back_to}"
+        self.setting.say(f"{what}; {done}")
+        progress.skipped.append(step)
+        self._passed(batches)
+        self._write_log("non_finite", {"found": found, "done": done})
 
     def _log_training(self, rate: float, norm: float) -> None:
         progress = self.progress
@@ -204,6 +234,7 @@ class Trainer:
             "rate": rate,
             "norm": norm,
             "tokens": progress.tokens,
+            "order": progress.order[:16],
         }
         self._write_log("train", fields)
         progress.loss, progress.loss_tokens = 0.0, 0
@@ -254,8 +285,12 @@ class Trainer:
         self.progress.finished = found.progress.finished and self._is_over()
         self.keeper.forget_lost(self.progress)
         self.keeper.publish(self.progress)
-        buffers = {n.removeprefix("buffer."): t for n, t in found.tensors.items() if n.startswith("buffer.")}
-        self.model.load_state_dict(buffers, strict=False)
-        self.optimizer.load({n: t for n, t in found.tensors.items() if not n.startswith("buffer.")})
+        self._take(found.tensors)
         if not self.progress.finished:
             say(f"going on from update {self.progress.step} of {self.train.steps}")
+
+    def _take(self, state: Mapping[str, Tensor]) -> None:
+        """Take over weights, moments and buffers of a checkpoint."""
+        buffers = {name.removeprefix("buffer."): t for name, t in state.items() if name.startswith("buffer.")}
+        self.model.load_state_dict(buffers, strict=False)
+        self.optimizer.load({name: t for name, t in state.items() if not name.startswith("buffer.")})

@@ -1,0 +1,117 @@
+"""`encdec watch`: how a run stands, from another terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from encdec_cli.training.history import History
+
+_EVERY = 2.0
+"""Seconds between two looks."""
+
+
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, such as runs/mt.")],
+    once: Annotated[
+        bool, typer.Option("--once", help="Print how it stands and leave, as when stdout is no terminal.")
+    ] = False,
+) -> None:
+    """Show how a run stands: its state, loss, speed, time left, scores, last checkpoint, and what is alarming.
+
+    Reads the run's folder alone and never writes there, so it may look at a run of another user or machine. On a
+    terminal it looks again every two seconds until the run ends.
+    """
+    import shutil
+    import sys
+    import time
+
+    from encdec_cli.training.history import read
+
+    live = sys.stdout.isatty() and not once
+    while True:
+        history = read(run)
+        text = "\n".join(_page(history, time.time(), min(100, shutil.get_terminal_size().columns)))
+        print(f"\x1b[H\x1b[2J{text}" if live else text, flush=True)
+        if not live or history.state != "running":
+            return
+        time.sleep(_EVERY)
+
+
+def _page(history: History, now: float, width: int) -> list[str]:
+    from encdec_cli.cli.chart import chart
+    from encdec_cli.cli.console import printable
+
+    lines = [_headline(history), *_learning(history), *_scores(history)]
+    if history.saved:
+        age = duration(now - history.saved.time)
+        lines.append(f"checkpoint: update {history.saved.progress['step']:,}, {age} ago")
+    lines += [f"alarm: {alarm}" for alarm in history.alarms(now)]
+    losses = [(line["step"], line["loss"]) for line in history.events("train") if line["loss"] is not None]
+    lines += chart(losses, "loss by update", width)
+    name = metric(history)
+    scores = [(line["step"], line[name]) for line in history.events("valid") if line.get(name) is not None]
+    lines += chart(scores, f"{name} by update", width, 4) if len(scores) > 1 else []
+    return list(map(printable, lines))
+
+
+def _headline(history: History) -> str:
+    steps = history.recipe.get("train.steps")
+    share = f" of {steps:,} ({history.step / steps:.0%})" if steps else ""
+    who = f"; {history.holder}" if history.state in ("running", "elsewhere") else ""
+    return f"{history.run}: {history.state}, update {history.step:,}{share}{who}"
+
+
+def _learning(history: History) -> list[str]:
+    lines = history.events("train")
+    if not lines:
+        return ["no update in the log yet"]
+    last, speed, steps = lines[-1], history.speed(), history.recipe.get("train.steps")
+    words = [
+        f"loss {last['loss']:.4g}",
+        f"rate {last['rate']:.3g}",
+        f"norm {last['norm']:.3g}",
+        f"epoch {last['epoch']}",
+    ]
+    words.append(f"{last['tokens']:,} tokens in {duration(last['seconds'])}")
+    if history.state == "running" and speed:
+        words.append(f"{last['clock'].get('tokens_per_second') or 0:,.0f} tokens/s")
+        words += [f"{duration((steps - history.step) / speed)} left"] if steps else []
+    return ["  ".join(words)]
+
+
+def _scores(history: History) -> list[str]:
+    lines = history.events("valid")
+    if not lines:
+        return []
+    own = {key: value for key, value in lines[-1].items() if key not in NO_SCORES}
+    listed = ", ".join(f"{name} {value:.4g}" for name, value in own.items() if value is not None)
+    best = history.saved.progress["best"] if history.saved else None
+    return [
+        f"validation at update {lines[-1]['step']:,}: {listed}" + (f"; best {best:.4g}" if best is not None else "")
+    ]
+
+
+NO_SCORES = ("event", "step", "clock", "tokens", "seconds")
+"""What a line of a validation has beside its scores."""
+
+
+def metric(history: History) -> str:
+    """Return the name of the score by which models are compared: the first after the loss, if there is one."""
+    names = [key for line in history.events("valid")[:1] for key in line if key not in NO_SCORES]
+    return names[min(1, len(names) - 1)] if names else "loss"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as words: `42 s`, `12 min`, `3 h 05 min`, `2 d 04 h`."""
+    whole = round(seconds)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    if whole < 172800:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02} h"

@@ -1,0 +1,64 @@
+"""An update whose loss or gradient is not finite is never made; `train.on_nan` says how the run goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from encdec_cli.data.batch import Batch
+from encdec_cli.recipe import Train
+from encdec_cli.training.gradients import Gradients
+
+MOST = 10
+"""Updates left out in a row, or going back to one checkpoint, after which the run stops whatever the recipe says."""
+_SHOWN = 8
+
+
+def culprits(gradients: Gradients, batches: Sequence[Batch], weight: float, seed: int) -> list[int]:
+    """Return which of the micro-batches has a loss or a gradient of its own that is not finite; all if none has.
+
+    Computes each again, as `Gradients.of` did with the same arguments.
+    """
+    found = []
+    for number, (loss, gradient) in enumerate(gradients.of(batches, weight, seed)):
+        if not (math.isfinite(loss) and all(bool(part.isfinite().all()) for part in gradient if part is not None)):
+            found.append(number)
+    return found or list(range(len(batches)))
+
+
+def named(batches: Iterable[tuple[int, int, Batch]], every_line: bool) -> str:
+    """Return batches, each with its epoch and its place in it, and their examples in words.
+
+    every_line: whether every example of the corpus was kept, so that the numbers are those of its lines.
+    """
+    parts = []
+    for epoch, position, batch in batches:
+        rows = ", ".join(str(row + 1) for row in batch.rows[:_SHOWN])
+        more = f" … ({len(batch.rows)} in all)" if len(batch.rows) > _SHOWN else ""
+        shapes = f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
+        parts.append(f"batch {position} of epoch {epoch} ({shapes}) with the training examples {rows}{more}")
+    counted = "as the corpus has them" if every_line else "of those that were kept when the data was prepared"
+    return f"{'; '.join(parts)}, counted from 1 {counted}"
+
+
+def anchor(train: Train, steps: Iterable[int]) -> int | None:
+    """Return the newest of the checkpoints of these updates that a run has which no signal ever stopped, or None."""
+    every = [number for number in (train.save_every, train.validate_every) if number]
+    return max((step for step in steps if any(step % number == 0 for number in every)), default=None)
+
+
+def reason_to_stop(train: Train, step: int, skipped: Sequence[int], back_to: int | None) -> str | None:
+    """Return why the run must not go on after update `step` was left out, or None.
+
+    Args:
+        skipped: updates that were left out before, oldest first.
+        back_to: the checkpoint that a rollback would take.
+    """
+    if train.on_nan == "stop":
+        return "train.on_nan=skip or rollback would go on without it"
+    if train.on_nan == "rollback" and back_to is None:
+        return "there is no checkpoint yet to go back to"
+    since = step - MOST if train.on_nan == "skip" else back_to or 0
+    if sum(number > since for number in skipped) < MOST - 1:
+        return None
+    return f"{MOST} in a row" if train.on_nan == "skip" else f"the {MOST}th since the checkpoint of update {back_to}"

@@ -1,0 +1,1 @@
+"""The tests behind docs/reliability.md in full: `python -m tests.reliability`."""

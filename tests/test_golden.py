@@ -1,0 +1,19 @@
+"""The loss of every one of the first updates is what it was when it was written down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.conftest import copy_task
+from tests.reliability.figures import GOLDEN, GOLDEN_RUN
+from tests.trainers import trainer
+
+
+def test_the_losses_are_the_stored_ones(tmp_path):
+    """To 1e-4, since kernels of other processors round otherwise; `python -m tests.reliability T25` has 1e-5."""
+    losses: list[float] = []
+    made = trainer(copy_task(tmp_path / "corpus", train=2000), tmp_path / "run", *GOLDEN_RUN)
+    made.run(lambda step, loss, tokens, best: losses.append(loss))
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
