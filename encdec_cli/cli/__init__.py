@@ -18,8 +18,8 @@ from encdec_cli import __version__
 from encdec_cli.cli import console
 from encdec_cli.cli.average import average
 from encdec_cli.cli.chat import chat
-from encdec_cli.cli.distill import distill
 from encdec_cli.cli.compare import compare
+from encdec_cli.cli.distill import distill
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
 from encdec_cli.cli.generate import generate

@@ -19,6 +19,7 @@ from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import FACTS, recover
+from encdec_cli.data.batch import Batch
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Ints, Sampler
 from encdec_cli.errors import NonFiniteError, UsageError
