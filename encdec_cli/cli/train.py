@@ -59,6 +59,7 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
+    from encdec_cli.training.budget import settle
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.signals import watched
@@ -70,7 +71,8 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     start = Bundle.load(init_from, device) if init_from else None
     with locked(run), watched() as stop:
         data, _ = prepared_data(recipe, run, console.say)
-        trainer = Trainer(Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start))
+        setting = Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start)
+        trainer = Trainer(settle(setting))
         step, steps = trainer.progress.step, recipe.train.steps
         if dry_run:
             console.say(_dry_run(trainer))
@@ -80,14 +82,25 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
                 "or choose another --output to start anew"
             )
         else:
+            console.say(f"memory: {_size(trainer.need().total)} at most")
             with console.progress("training", steps, step) as bar:
                 trainer.run(TrainingProgress(bar, steps, step).progress)
+            console.say(trainer.account.sentence(trainer.progress))
             console.say(f"model: {run}")
 
 
 def _dry_run(trainer: Trainer) -> str:
+    from encdec_cli.cli.console import table
+
+    need = trainer.need()
     parameters, batches = trainer.try_largest()
+    rows = [[name, _size(value)] for name, value in {**vars(need), "total": need.total}.items() if value]
     return (
+        f"memory of the largest update, predicted:\n{table(rows)}\n"
         f"dry run: the recipe is good; {parameters:,} parameters in {trainer.precision}, {batches:,} micro-batches an "
         "epoch; the largest one and a validation batch fit; nothing was trained"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 20):,.0f} MiB"

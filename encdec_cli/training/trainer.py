@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
-from encdec_cli.training import precision, resume
-from encdec_cli.training.clock import Clock
+from encdec_cli.training import flops, precision, resume
+from encdec_cli.training.account import Account, work
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
 from encdec_cli.training.log import Log
+from encdec_cli.training.memory import Forecast, Need
+from encdec_cli.training.meter import read
 from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
@@ -70,13 +73,14 @@ class Trainer:
             take_weights(model, setting.init_from, source, target)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
+        self._set_checkpointing()
         chosen = precision.choose(self.train.precision, setting.device)
         self.store = setting.data.store("train")
         self.optimizer = make_optimizer(model, self.train, self._load(np.array([0])), chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
         lengths = self.store.source_lengths, self.store.target_lengths
-        self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
+        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
         self._check_positions()
         objective = make_objective(self.train)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
@@ -85,11 +89,38 @@ class Trainer:
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
-        self.clock = Clock()
         known = {"length_ratios": usual_ratios(*lengths)}
         told = setting.stop, setting.say, self._write_log
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
         self._resume()
+        device = torch.device(setting.device)
+        self.account = Account(setting.run, setting.recipe.cost, device, chosen.dtype, self.progress)
+
+    def _set_checkpointing(self) -> None:
+        if self.train.checkpointing and not self.model.can_checkpoint:
+            kind = type(self.model).__name__
+            raise UsageError(
+                f"train.checkpointing: this model ({kind}) cannot compute its layers again; set it to false."
+            )
+        self.model.checkpointing = self.train.checkpointing
+
+    @cached_property
+    def formula(self) -> flops.Formula:
+        """What the FLOPs of a micro-batch are, from its shape; computing layers again is no work of the model."""
+        count = partial(read, self.model, self.gradients.objective, self.optimizer.parameters)
+        sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
+        device = self.setting.device
+        self.model.checkpointing = False
+        found = flops.find(lambda batch: count(batch.to(device)), sizes, self.model.max_positions)
+        self.model.checkpointing = self.train.checkpointing
+        return found
+
+    def need(self, tokens: int = 0) -> Need:
+        """Predict the memory of the largest micro-batches, of this many `tokens`, by computing parts of one."""
+        sampler = self._sampler(tokens) if tokens else self.sampler
+        vocabulary = len(self.setting.data.target.vocabulary)
+        forecast = Forecast(self.gradients, self.optimizer, self.train.accumulate, vocabulary, self._load)
+        return forecast.need(sampler.cut(self.formula.heaviest(sampler.shapes())))
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
@@ -99,6 +130,7 @@ class Trainer:
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
         progress = self.progress
+        self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
@@ -129,14 +161,15 @@ class Trainer:
 
         Returns the number of weights and of micro-batches in an epoch. Raises what training would raise.
         """
-        batches = self.sampler.batches(0)
-        for lengths in (self.store.target_lengths, self.store.source_lengths):
-            sizes = [len(rows) * int(lengths[rows].max() + 1) ** 2 for rows in batches]
-            largest = self._load(batches[sizes.index(max(sizes))])
-            list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
+        largest = self._load(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
+        list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
         self.validation.try_longest(self.bundle)
-        return sum(parameter.numel() for parameter in self.model.parameters()), len(batches)
+        return sum(parameter.numel() for parameter in self.model.parameters()), len(self.sampler)
+
+    def _sampler(self, tokens: int) -> Sampler:
+        lengths = self.store.source_lengths, self.store.target_lengths
+        return Sampler(*lengths, tokens, self.setting.data.data_hash, self.train.seed)
 
     def _load(self, rows: Ints) -> Batch:
         return collate(*self.store.gather(rows), rows.tolist()).to(self.setting.device)
@@ -175,9 +208,19 @@ class Trainer:
         progress.tokens += tokens
         progress.loss += loss
         progress.loss_tokens += tokens
+        self._count(batches)
         show(step, loss / tokens, tokens, progress.best)
         if step % self.train.log_every == 0:
             self._log_training(rate, norm)
+
+    def _count(self, batches: Sequence[Ints]) -> None:
+        """Note the work of an update; EOS counts as a token."""
+        for rows in batches:
+            source, target = self.store.source_lengths[rows] + 1, self.store.target_lengths[rows] + 1
+            longest, real = (int(source.max()), int(target.max())), int(target.sum())
+            self.progress.flops += self.formula.flops_of(len(rows), *longest, real)
+            self.progress.positions += len(rows) * sum(longest)
+            self.progress.real += int(source.sum()) + real
 
     def _check_finite(self, loss: float, norm: float, step: int, batches: Sequence[Ints]) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -196,7 +239,7 @@ class Trainer:
             "loss": progress.loss / progress.loss_tokens,
             "rate": rate,
             "norm": norm,
-            "tokens": progress.tokens,
+            **work(progress),
         }
         self._write_log("train", fields)
         progress.loss, progress.loss_tokens = 0.0, 0
@@ -217,7 +260,7 @@ class Trainer:
             self._unsaved = self.progress.finished = True
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
+        self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
         self.progress.log_lines += 1
 
     def _save(self) -> None:
