@@ -11,7 +11,6 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.meter import read
 from encdec_cli.training.objective import CrossEntropy
-from tests.conftest import encdec
 from tests.test_resume import fingerprint
 
 VOCAB = 30
@@ -92,23 +91,23 @@ def test_it_keeps_less():
     assert plain.flops < less.flops < 1.5 * plain.flops
 
 
-def test_a_run_with_it_has_the_weights_of_one_without(recipe, tmp_path):
+def test_a_run_with_it_has_the_weights_of_one_without(forks, recipe, tmp_path):
     for name, key in (("with", "true"), ("without", "false")):
-        done = encdec("train", recipe, "train.steps=10", f"train.checkpointing={key}", "--output", tmp_path / name)
-        assert done.returncode == 0, done.stderr
+        done = forks("train", recipe, "train.steps=10", f"train.checkpointing={key}", "--output", tmp_path / name)
+        assert done.wait() == 0, done.stderr
     ours, theirs = (fingerprint(tmp_path / name)["files"]["bundle"]["files"] for name in ("with", "without"))
     assert ours["model.safetensors"] == theirs["model.safetensors"]
 
 
-def test_a_model_that_cannot_says_so(recipe, tmp_path):
+def test_a_model_that_cannot_says_so(forks, recipe, tmp_path):
     plugin = tmp_path / "own.py"
     plugin.write_text(
         "from encdec_cli.models.transformer import Transformer\nfrom encdec_cli.registry import models\n\n\n"
         '@models.register("own")\nclass Own(Transformer):\n    can_checkpoint = False\n'
     )
-    done = encdec(
+    done = forks(
         *("train", recipe, "--plugin", plugin, "model.name=own", "train.checkpointing=true"),
         *("--output", tmp_path / "run"),
     )
-    assert done.returncode == 2, done.stderr
+    assert done.wait() == 2, done.stderr
     assert "train.checkpointing" in done.stderr

@@ -24,12 +24,13 @@ _SAMPLES = (
     ([5], [5]),
     ([3, 3], [7, 2]),
     ([7, 4], [5, 5]),
+    ([5, 5, 2], [3, 3, 3]),
 )
 """Source lengths and target lengths, EOS counted: enough to tell the terms of `features` apart."""
 
 
 def features(rows: Whole, source: Whole, target: Whole, real: Whole) -> Wholes:
-    """Return what the work of an encoder-decoder may grow with, [7] or [7, batches].
+    """Return what the work of an encoder-decoder may grow with, [8] or [8, batches].
 
     Args:
         rows: examples.
@@ -38,7 +39,7 @@ def features(rows: Whole, source: Whole, target: Whole, real: Whole) -> Wholes:
         real: target tokens that are not padding: those that reach the output layer.
     """
     lengths = (source, target, source * source, target * target, source * target)
-    return np.array([rows // rows, *(rows * length for length in lengths), real])
+    return np.array([rows // rows, rows, *(rows * length for length in lengths), real])
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from encdec_cli.bundle.checkpoint import Progress, step_name
 from encdec_cli.bundle.run import point
 from encdec_cli.errors import BundleError
 from encdec_cli.recipe import Train
+from encdec_cli.training.account import work
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation, finite
 
@@ -75,7 +76,7 @@ class Keeper:
         if self.train.average > 1:
             progress.kept = [*progress.kept, progress.step][-self.train.average :]
         if better or progress.step in progress.kept:
-            self._keep(bundle, progress.step, scores, weights())
+            self._keep(bundle, progress, scores, weights())
         mark = " (best)" if better else ""
         self.say(f"update {progress.step}: {_listed(scores)}{mark}")
         return True
@@ -90,7 +91,7 @@ class Keeper:
         if self.stop:
             return False
         if not progress.model:  # never judged, or never a number: the last model is the one
-            self._keep(bundle, progress.step, {}, weights())
+            self._keep(bundle, progress, {}, weights())
             progress.model = step_name(progress.step)
         return True
 
@@ -121,12 +122,13 @@ class Keeper:
             return math.isfinite(score)
         return score > progress.best if self.validation.higher_is_better else score < progress.best
 
-    def _keep(self, bundle: Bundle, step: int, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
-        bundle.facts = self._facts(step, scores, [])
-        bundle.save_weights(self.folder / step_name(step), weights)
+    def _keep(self, bundle: Bundle, progress: Progress, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
+        bundle.facts = self._facts(progress, scores, [])
+        bundle.save_weights(self.folder / step_name(progress.step), weights)
 
-    def _facts(self, step: int, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
-        return {"step": step, "scores": finite(scores), "averaged": averaged, **self.facts}
+    def _facts(self, progress: Progress, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
+        told = {"step": progress.step, "scores": finite(scores), "averaged": averaged}
+        return {**told, **self.facts, "work": work(progress)}
 
     def _try_average(self, bundle: Bundle, progress: Progress) -> None:
         weights = average([self.folder / step_name(step) for step in progress.kept])
@@ -142,7 +144,7 @@ class Keeper:
         verdict = "best" if better else "not better, left out"
         self.say(f"average of {len(progress.kept)} checkpoints: {_listed(scores)} ({verdict})")
         if better:
-            candidate.facts = self._facts(progress.step, scores, progress.kept)
+            candidate.facts = self._facts(progress, scores, progress.kept)
             progress.best, progress.model = score, f"average_{progress.step:08d}"
             candidate.save_weights(self.folder / progress.model, weights)
 

@@ -30,6 +30,8 @@ _CGROUPS = (
 )
 _FEW = 512
 """Tokens of a sample that are enough to be told from what every batch costs."""
+_MORE_HOLES = 1.1
+"""The whole batch, over many updates, wastes more than the sample: by how much, as a rule."""
 _USUAL_WASTE = 0.35
 """Where the system does not tell the peak of a process; measured are 0.1 to 0.45."""
 
@@ -50,16 +52,18 @@ class Need:
     """Of the micro-batches computed together: activations, their own gradients, one chunk of logits."""
     waste: int
     """What the allocator keeps and nobody uses."""
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(vars(self).values())
+    saving: int
+    """The copy of the optimizer's state that becomes a checkpoint, when gradients and activations are gone."""
 
     @property
     def growth(self) -> int:
         """What is still to come when model and optimizer stand."""
-        return self.gradients + self.activations + self.waste
+        return max(self.gradients + self.activations + self.waste, self.saving)
+
+    @property
+    def total(self) -> int:
+        """The worst moment of all."""
+        return self.program + self.weights + self.optimizer + self.growth
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,25 @@ class Forecast:
         each = (peaks[1] - peaks[0]) / max(1, more - few)
         device = parameters[0].device
         waste = self._waste(self.load(rows[:more]), peaks[1]) if device.type == "cpu" else 0.0
-        weights = _bytes([*model.parameters(), *model.buffers()])
-        optimizer = _bytes([*model.parameters(), *model.buffers(), *self.optimizer.state().values()]) - weights
+        model_bytes = [*model.parameters(), *model.buffers()]
+        state = list(self.optimizer.state().values())
+        weights = _bytes(model_bytes)
         sums = 4 * sum(parameter.numel() for parameter in parameters)
         together = self.gradients.workers
         activations = together * (peaks[0] + round(each * (len(rows) - few)))
         if self.accumulate <= together:  # the sums are made after the last activation is gone
             activations = max(0, activations - sums)
-        program = max(0, resident() - weights - optimizer) if device.type == "cpu" else 0
-        return Need(program, weights, optimizer, sums, activations, round(waste * (activations + sums)))
+        optimizer = _bytes([*model_bytes, *state]) - weights  # a parameter in fp32 is its own master
+        reset_peak()
+        return Need(
+            program=max(0, resident() - weights - optimizer) if device.type == "cpu" else 0,
+            weights=weights,
+            optimizer=optimizer,
+            gradients=sums,
+            activations=activations,
+            waste=round(waste * (activations + sums)),
+            saving=_bytes(state) if device.type == "cpu" else 0,
+        )
 
     def _sizes(self, rows: Ints) -> tuple[int, int]:
         """Return the rows of two samples. Both fill a chunk of logits if the whole batch does."""
@@ -105,11 +119,12 @@ class Forecast:
     def _waste(self, batch: Batch, peak: int) -> float:
         """Return the share by which a process grows beyond what is alive, by computing some micro-batches for real."""
         together = self.gradients.workers
-        before = _reset_peak()
-        for _ in self.gradients.of([batch] * together, 1.0, 0):
-            pass
+        before = reset_peak()
+        for _ in range(2):  # the second time finds holes that the first one left
+            for _ in self.gradients.of([batch] * together, 1.0, 0):
+                pass
         grown = peak_resident() - before if before else 0
-        return min(1.0, max(0.0, grown / (together * peak) - 1)) if grown else _USUAL_WASTE
+        return min(1.0, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -135,7 +150,7 @@ def _status(name: str) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), 0)
 
 
-def _reset_peak() -> int:
+def reset_peak() -> int:
     """Give what is free back to the system and start the peak anew; return what is left, 0 if that is impossible."""
     with suppress(AttributeError, OSError):  # the C library of GNU has it
         ctypes.CDLL(None).malloc_trim(0)
