@@ -16,6 +16,7 @@ import typer
 
 from encdec_cli import __version__
 from encdec_cli.cli import console
+from encdec_cli.cli.bench import bench
 from encdec_cli.cli.chat import chat
 from encdec_cli.cli.evaluate import evaluate
 from encdec_cli.cli.export import export
@@ -32,6 +33,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "evaluate": evaluate,
     "export": export,
     "chat": chat,
+    "bench": bench,
     "list": list_components,
 }
 """Every command by its name, in the order of the help. Their modules import light things alone."""
@@ -42,6 +44,7 @@ SUMMARIES = {
     "evaluate": "Score outputs against references, with intervals and tests.",
     "export": "Write a model in another program's format.",
     "chat": "Talk with a dialogue model.",
+    "bench": "Measure the machine, a recipe's training, and quality against speed.",
     "list": "List every component, from where it is, and what is broken.",
 }
 """What each command does, in a line that fits beside its name."""

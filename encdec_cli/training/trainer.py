@@ -143,7 +143,7 @@ class Trainer:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
             if not progress.finished:
-                self._update(next(updates), show)
+                self.update(next(updates), show)
 
     def _check_positions(self) -> None:
         stores = (self.store, self.setting.data.store("valid"))
@@ -189,7 +189,7 @@ class Trainer:
         patience = self.train.patience
         return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
 
-    def _update(self, batches: Sequence[Ints], show: Show) -> None:
+    def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
         loaded = [self._load(rows) for rows in batches]
