@@ -82,11 +82,26 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
                 "or choose another --output to start anew"
             )
         else:
-            console.say(f"memory: {_size(trainer.need().total)} at most")
+            _tell_memory(trainer)
             with console.progress("training", steps, step) as bar:
                 trainer.run(TrainingProgress(bar, steps, step).progress)
             console.say(trainer.account.sentence(trainer.progress))
             console.say(f"model: {run}")
+
+
+def _tell_memory(trainer: Trainer) -> None:
+    import torch
+
+    from encdec_cli.cli import console
+    from encdec_cli.training.memory import available
+
+    need, free = trainer.need(), available(torch.device(trainer.setting.device))
+    console.say(f"memory: {_size(need.total)} at most")
+    if 0 < free < need.growth:
+        console.warn(
+            f"{_size(free)} are free, and the run will need {_size(need.growth)} more than it has now; lower "
+            "train.tokens, or set train.checkpointing=true"
+        )
 
 
 def _dry_run(trainer: Trainer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from encdec_cli.data.batch import Batch
@@ -49,9 +48,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operation."""
         kwargs = kwargs or {}
-        self._note((args, kwargs), ours=False)
+        self._note((*args, *kwargs.values()), ours=False)
         result = func(*args, **kwargs)
-        self._note(result, ours=True)
+        self._note((result,), ours=True)
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
@@ -60,10 +59,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.flops += formula(*(tensor.shape for tensor in args[:count]))
         return result
 
-    def _note(self, values: Any, ours: bool) -> None:
-        for tensor in tree_leaves(values):
-            if not isinstance(tensor, Tensor):
-                continue
+    def _note(self, values: Iterable[Any], ours: bool) -> None:
+        for tensor in _tensors(values):
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._known:
@@ -78,6 +75,14 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.live -= size
 
         return forget
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 @dataclass(frozen=True)
