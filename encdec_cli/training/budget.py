@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -31,8 +32,9 @@ def settle(setting: Setting) -> Setting:
         return _with(setting, before["recipe"]["train"]["tokens"])
     store = setting.data.store("train")
     longest = 1 + int(max(store.source_lengths.max(initial=0), store.target_lengths.max(initial=0)))
-    first = _with(setting, max(_FIRST, longest))
-    tokens = _largest(Trainer(first), longest)
+    trainer = Trainer(_with(setting, max(_FIRST, longest)))
+    with closing(trainer.gradients):
+        tokens = _largest(trainer, longest)
     setting.say(f"train.tokens: auto is {tokens} here")
     return _with(setting, tokens)
 
