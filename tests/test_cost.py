@@ -344,7 +344,7 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
 def test_what_a_kill_cost_is_told(forks, recipe, tmp_path):
     run = tmp_path / "run"
     keys = ("train.steps=3000", "train.save_every=1000", "train.validate_every=0", "train.log_every=2")
-    killed = forks("train", recipe, *keys, "--output", run)
+    killed = forks.start("train", recipe, *keys, "--output", run)
     while killed.code() is None and lines_of(run / "log.jsonl") < 3:
         time.sleep(0.005)
     killed.send(signal.SIGKILL)
