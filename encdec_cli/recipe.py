@@ -48,8 +48,10 @@ class Train:
 
     steps: int = 10_000
     """Updates of the weights in all."""
-    tokens: int = 4096
-    """Most padded tokens of the longer side in one micro-batch."""
+    tokens: int | Literal["auto"] = 4096
+    """Most padded tokens of the longer side in one micro-batch; auto takes what fits the memory when the run begins."""
+    checkpointing: bool = False
+    """Whether layers are computed a second time in the backward pass, which takes time and saves their activations."""
     accumulate: int = 1
     """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
     optimizer: Literal["adam", "adamw", "muon", "adafactor"] = "adamw"
@@ -102,7 +104,8 @@ class Train:
     """CPU threads; 0 takes the cores that this process may use."""
 
     def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, tokens=self.tokens, accumulate=self.accumulate)
+        _at_least(1, steps=self.steps, accumulate=self.accumulate)
+        _at_least(1, **({"tokens": self.tokens} if isinstance(self.tokens, int) else {}))
         _at_least(1, save_every=self.save_every, keep=self.keep, log_every=self.log_every)
         _at_least(0, warmup=self.warmup, validate_every=self.validate_every, valid_lines=self.valid_lines)
         _at_least(0, patience=self.patience, average=self.average, seed=self.seed, threads=self.threads)
@@ -222,6 +225,21 @@ class Teacher:
             raise ValueError(f"temperature: {self.temperature} must be above 0.")
 
 
+@dataclass
+class Cost:
+    """What the machine costs, for the account of the run; what is 0 is left out of it."""
+
+    price_per_hour: float = 0.0
+    """Price of an hour of the machine, in any currency."""
+    watts: float = 0.0
+    """Power that the machine draws while it trains; 0 takes what the machine measures, if it does."""
+    carbon_intensity: float = 0.0
+    """Grams of CO2 for a kilowatt hour."""
+
+    def __post_init__(self) -> None:
+        _at_least(0, price_per_hour=self.price_per_hour, watts=self.watts, carbon_intensity=self.carbon_intensity)
+
+
 def _at_least(least: int, **values: float) -> None:
     wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
     if wrong:
@@ -254,6 +272,8 @@ class Recipe:
     """Minimum risk training on a metric; off without one."""
     teacher: Teacher = field(default_factory=Teacher)
     """A model whose distribution at every position the run learns too: token-level knowledge distillation."""
+    cost: Cost = field(default_factory=Cost)
+    """What the machine costs, for the account of the run."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
@@ -261,7 +281,7 @@ class Recipe:
 
 
 SECTIONS = (
-    *("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "teacher"),
+    *("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "teacher", "cost"),
     "decoding",
 )
 """The top-level keys of a recipe, in the order in which it is read and written."""

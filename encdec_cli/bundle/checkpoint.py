@@ -27,6 +27,12 @@ class Progress:
     """Updates done."""
     tokens: int = 0
     """Target tokens learned from, EOS included."""
+    flops: int = 0
+    """Floating-point operations of these updates."""
+    real: int = 0
+    """Source and target positions computed that hold a token."""
+    positions: int = 0
+    """Source and target positions computed, padding included."""
     loss: float = 0.0
     """Sum of the loss since the last line of the log."""
     loss_tokens: int = 0

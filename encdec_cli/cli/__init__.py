@@ -17,6 +17,7 @@ import typer
 from encdec_cli import __version__
 from encdec_cli.cli import console
 from encdec_cli.cli.average import average
+from encdec_cli.cli.bench import bench
 from encdec_cli.cli.chat import chat
 from encdec_cli.cli.compare import compare
 from encdec_cli.cli.distill import distill
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "average": average,
     "export": export,
     "chat": chat,
+    "bench": bench,
     "list": list_components,
 }
 """Every command by its name, in the order of the help. Their modules import light things alone."""
@@ -54,6 +56,7 @@ SUMMARIES = {
     "average": "Write a model that is the mean of several.",
     "export": "Write a model in another program's format.",
     "chat": "Talk with a dialogue model.",
+    "bench": "Measure the machine, a recipe's training, and quality against speed.",
     "list": "List every component, from where it is, and what is broken.",
 }
 """What each command does, in a line that fits beside its name."""

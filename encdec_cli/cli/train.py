@@ -76,6 +76,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
+    from encdec_cli.training.budget import settle
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.signals import watched
@@ -87,7 +88,8 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     start = Bundle.load(init_from, device) if init_from else None
     with locked(run), watched() as stop:
         data, _ = prepared_data(recipe, run, console.say, device)
-        trainer = Trainer(Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start))
+        setting = Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start)
+        trainer = Trainer(settle(setting))
         step, steps = trainer.progress.step, recipe.train.steps
         if dry_run:
             console.say(_dry_run(trainer))
@@ -97,8 +99,10 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
                 "or choose another --output to start anew"
             )
         else:
+            _tell_memory(trainer)
             with console.progress("training", steps, step) as bar:
                 trainer.run(TrainingProgress(bar, steps, step).progress)
+            console.say(trainer.account.sentence(trainer.progress))
             console.say(f"model: {run}")
 
 
@@ -125,10 +129,34 @@ def _prove(words: Sequence[str], kills: int, seed: int) -> None:
     )
 
 
+def _tell_memory(trainer: Trainer) -> None:
+    import torch
+
+    from encdec_cli.cli import console
+    from encdec_cli.training.memory import available
+
+    need, free = trainer.need(), available(torch.device(trainer.setting.device))
+    console.say(f"memory: {_size(need.total)} at most")
+    if 0 < free < need.growth:
+        console.warn(
+            f"{_size(free)} are free, and the run will need {_size(need.growth)} more than it has now; lower "
+            "train.tokens, or set train.checkpointing=true"
+        )
+
+
 def _dry_run(trainer: Trainer) -> str:
+    from encdec_cli.cli.console import table
+
+    need = trainer.need()
     parameters, learning, batches = trainer.try_largest()
     some = f", of which {learning:,} learn," if learning < parameters else ""
+    rows = [[name, _size(value)] for name, value in {**vars(need), "total": need.total}.items() if value]
     return (
+        f"memory of the largest update, predicted:\n{table(rows)}\n"
         f"dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
         "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / (1 << 20):,.0f} MiB"

@@ -124,6 +124,18 @@ class Sampler:
                 cuts.append(base + begin)
         return np.array(cuts, dtype=np.int64)
 
+    def shapes(self) -> Ints:
+        """Return rows, padded source and padded target length of every batch as cut, EOS counted, `[batches, 3]`."""
+        examples, starts = np.concatenate(self._windows), self._cuts[:-1]
+        source, target = (np.maximum.reduceat(side[examples], starts) + _EOS for side in (self._source, self._target))
+        return np.stack([np.diff(self._cuts), source, target], axis=1)
+
+    def cut(self, number: int) -> Ints:
+        """Return examples as long as those of batch `number`, as cut; the first ones have the longest sides."""
+        examples = np.concatenate(self._windows)[self._cuts[number] : self._cuts[number + 1]]
+        longest = np.unique([int(side[examples].argmax()) for side in (self._source, self._target)])
+        return np.concatenate([examples[longest], np.delete(examples, longest)])
+
     def _plan(self, epoch: int) -> tuple[Ints, Ints]:
         """Return the examples of an epoch, batch after batch as cut, and the order of the batches."""
         if self._planned is None or self._planned[0] != epoch:

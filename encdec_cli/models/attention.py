@@ -165,12 +165,17 @@ class KeysValues:
                 self._make_room(start)
             for store, new in zip(self._stores, (keys, values), strict=True):
                 store[:, :, start : self.length] = new
-        all_keys, all_values = (store[:, :, : self.length] for store in self._stores)
-        return all_keys, all_values
+        return self.used
+
+    @property
+    def used(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions so far, [sentences, heads, positions, head_dim] each."""
+        keys, values = (store[:, :, : self.length] for store in self._stores)
+        return keys, values
 
     def keep(self, sentences: Tensor) -> None:
         """Let the stores of these sentences (or rows) stay, in this order; the used part is copied. [n] int64."""
-        used = [store[:, :, : self.length] for store in self._stores]
+        used = self.used
         if torch.is_grad_enabled() and any(store.requires_grad for store in used):
             self._stores = tuple(store.index_select(0, sentences) for store in used)
             return

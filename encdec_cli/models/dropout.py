@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 
 import torch
@@ -24,6 +24,28 @@ def drawing(seed: int) -> Iterator[None]:
         yield
     finally:
         _generator.reset(token)
+
+
+def repeatable(device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Note where the random numbers of this thread stand; in a block of what is returned they come once more."""
+    ours = _generator.get()
+    state = None if ours is None else ours.get_state()
+    general = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        token = _generator.set(None if state is None else torch.Generator().set_state(state))
+        try:
+            with torch.random.fork_rng([] if on_device is None else [device]):
+                torch.set_rng_state(general)
+                if on_device is not None:
+                    torch.cuda.set_rng_state(on_device, device)
+                yield
+        finally:
+            _generator.reset(token)
+
+    return again
 
 
 def keep_probability(p: float, dtype: torch.dtype) -> tuple[int, float]:

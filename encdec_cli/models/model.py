@@ -53,6 +53,11 @@ class Model(nn.Module):
     side_by_side: ClassVar[bool] = False
     """Whether several threads may train it at once: nothing is kept on the module in a forward pass, no buffer
     changes, and all that is random comes from `models.dropout`."""
+    can_checkpoint: ClassVar[bool] = False
+    """Whether `checkpointing` is heeded."""
+    checkpointing: bool = False
+    """Whether training keeps only what enters a layer and computes the rest a second time; see
+    `models.checkpointing`."""
     max_positions: int | None = None
     """Most tokens of a source or a target, EOS or BOS included; None if there is no limit."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encdec_cli.models.attention import Ancestry, CrossAttention, KeysValues, SelfAttention, mask_bias
+from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
 from encdec_cli.models.linear import Linear
@@ -142,6 +143,7 @@ class Transformer(Model):
     """
 
     side_by_side = True
+    can_checkpoint = True
 
     @dataclass
     class Config:
@@ -250,8 +252,30 @@ class Transformer(Model):
         x = self._embed(source, embedding, self.source_positions, 0)
         bias = mask_bias(mask, x.dtype)
         for layer in self.encoder:
-            x = layer(x, bias, self.rotary)
+            x = self._encoder_layer(layer, x, bias)
         return Memory(self.encoder_norm(x), mask)
+
+    def _encoder_layer(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpointed(layer, lambda x: (layer(x, bias, self.rotary),), x)[0]
+        output: Tensor = layer(x, bias, self.rotary)
+        return output
+
+    def _decoder_layer(self, number: int, x: Tensor, state: TransformerState, mask: Tensor | None) -> Tensor:
+        layer = self.decoder[number]
+        if not (self.checkpointing and state.length == 0 and torch.is_grad_enabled()):
+            output: Tensor = layer(x, state, number, self.rotary, mask)
+            return output
+        empty = replace(state, caches=[], sources=[])  # the state itself has changed when the layer is computed again
+
+        def compute(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
+            fresh = replace(empty, caches=[KeysValues()], sources=[(keys, values)])
+            output = layer(x, fresh, 0, self.rotary, mask)
+            return output, *fresh.caches[0].used
+
+        x, keys, values = checkpointed(layer, compute, x, *state.sources[number])
+        state.caches[number].append(keys, values)
+        return x
 
     def start(self, memory: Memory, beam: int = 1) -> TransformerState:
         """Compute every layer's keys and values of the source, once for each sentence."""
@@ -268,8 +292,8 @@ class Transformer(Model):
         """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
         x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
         mask = state.ancestry.extend(tokens.shape[1], x)
-        for number, layer in enumerate(self.decoder):
-            x = layer(x, state, number, self.rotary, mask)
+        for number in range(len(self.decoder)):
+            x = self._decoder_layer(number, x, state, mask)
         state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden

@@ -17,6 +17,7 @@ from encdec_cli.bundle.checkpoint import Progress, step_name
 from encdec_cli.bundle.run import point
 from encdec_cli.errors import BundleError
 from encdec_cli.recipe import Train
+from encdec_cli.training.account import work
 from encdec_cli.training.nonfinite import anchor
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation, finite
@@ -77,7 +78,7 @@ class Keeper:
         if self.train.average > 1:
             progress.kept = self._kept(progress, score)
         if better or progress.step in progress.kept:
-            self._keep(bundle, progress.step, scores, weights())
+            self._keep(bundle, progress, scores, weights())
         mark = " (best)" if better else ""
         self.say(f"update {progress.step}: {_listed(scores)}{mark}")
         return True
@@ -92,7 +93,7 @@ class Keeper:
         if self.stop:
             return False
         if not progress.model:  # never judged, or never a number: the last model is the one
-            self._keep(bundle, progress.step, {}, weights())
+            self._keep(bundle, progress, {}, weights())
             progress.model = step_name(progress.step)
         return True
 
@@ -138,12 +139,13 @@ class Keeper:
         score = read_facts(self.folder / step_name(step))["scores"].get(self.validation.metric.names[0])
         return math.nan if score is None else float(score)
 
-    def _keep(self, bundle: Bundle, step: int, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
-        bundle.facts = self._facts(step, scores, [])
-        bundle.save_weights(self.folder / step_name(step), weights)
+    def _keep(self, bundle: Bundle, progress: Progress, scores: dict[str, float], weights: dict[str, Tensor]) -> None:
+        bundle.facts = self._facts(progress, scores, [])
+        bundle.save_weights(self.folder / step_name(progress.step), weights)
 
-    def _facts(self, step: int, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
-        return {"step": step, "scores": finite(scores), "averaged": averaged, **self.facts}
+    def _facts(self, progress: Progress, scores: dict[str, float], averaged: list[int]) -> dict[str, Any]:
+        told = {"step": progress.step, "scores": finite(scores), "averaged": averaged}
+        return {**told, **self.facts, "work": work(progress)}
 
     def _try_average(self, bundle: Bundle, progress: Progress) -> None:
         kept = [self.folder / step_name(step) for step in progress.kept]
@@ -158,7 +160,7 @@ class Keeper:
         verdict = "best" if better else "not better, left out"
         self.say(f"average of {len(progress.kept)} checkpoints: {_listed(scores)} ({verdict})")
         if better:
-            candidate.facts = self._facts(progress.step, scores, progress.kept)
+            candidate.facts = self._facts(progress, scores, progress.kept)
             progress.best, progress.model = score, f"average_{progress.step:08d}"
             candidate.save_weights(self.folder / progress.model, candidate.model.state_dict())
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
-from encdec_cli.training import nonfinite, precision, resume
-from encdec_cli.training.clock import Clock
+from encdec_cli.training import flops, nonfinite, precision, resume
+from encdec_cli.training.account import Account, work
 from encdec_cli.training.feed import Feed
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
@@ -35,7 +36,9 @@ from encdec_cli.training.keeper import Keeper
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt, merged
-from encdec_cli.training.objective import make_objective
+from encdec_cli.training.memory import Forecast, Need
+from encdec_cli.training.meter import read
+from encdec_cli.training.objective import CrossEntropy, make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
@@ -78,14 +81,15 @@ class Trainer:
         freeze(model, self.train.freeze)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
+        self._set_checkpointing()
         chosen = precision.choose(self.train.precision, setting.device)
         self.store = setting.data.store("train")
         self.feed = Feed(self.bundle, setting.data)
-        self.optimizer = make_optimizer(model, self.train, self.feed(np.array([0]), 0), chosen.dtype)
+        self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
         chosen.apply(model)
         self.precision = chosen.name
         lengths = self.store.source_lengths, self.store.target_lengths
-        self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
+        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
         self._check_positions()
         gradients = model, self.optimizer.parameters, make_objective(self.bundle, self.store), self.train.accumulate
         self.gradients = Gradients(*gradients, say=setting.say)
@@ -96,11 +100,39 @@ class Trainer:
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
-        self.clock = Clock()
         known = {"length_ratios": usual_ratios(*lengths)}
         told = setting.stop, setting.say, self._write_log
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
         self._resume()
+        device = torch.device(setting.device)
+        self.account = Account(setting.run, setting.recipe.cost, device, chosen.dtype, self.progress)
+
+    def _set_checkpointing(self) -> None:
+        if self.train.checkpointing and not self.model.can_checkpoint:
+            kind = type(self.model).__name__
+            raise UsageError(
+                f"train.checkpointing: this model ({kind}) cannot compute its layers again; set it to false."
+            )
+        self.model.checkpointing = self.train.checkpointing
+
+    @cached_property
+    def formula(self) -> flops.Formula:
+        """What the FLOPs of a micro-batch are, from its shape; computing layers again is no work of the model."""
+        objective = CrossEntropy(self.train.label_smoothing)  # what R-Drop, a teacher and the like add is left out
+        count = partial(read, self.model, objective, self.optimizer.parameters)
+        sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
+        device = self.setting.device
+        self.model.checkpointing = False
+        found = flops.find(lambda batch: count(batch.to(device)), sizes, self.model.max_positions)
+        self.model.checkpointing = self.train.checkpointing
+        return found
+
+    def need(self, tokens: int = 0) -> Need:
+        """Predict the memory of the largest micro-batches, of this many `tokens`, by computing parts of one."""
+        sampler = self._sampler(tokens) if tokens else self.sampler
+        vocabulary = len(self.setting.data.target.vocabulary)
+        forecast = Forecast(self.gradients, self.optimizer, self.train.accumulate, vocabulary, self._first)
+        return forecast.need(sampler.cut(self.formula.heaviest(sampler.shapes())))
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
@@ -111,6 +143,7 @@ class Trainer:
         self.setting.stop.at_once = False
         atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
         progress = self.progress
+        self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
@@ -123,7 +156,7 @@ class Trainer:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
             if not progress.finished:
-                self._update(next(updates), show)
+                self.update(next(updates), show)
 
     def _check_positions(self) -> None:
         stores = (self.store, self.setting.data.store("valid"))
@@ -142,15 +175,20 @@ class Trainer:
         Returns the number of weights, of those that learn, and of micro-batches in an epoch. Raises what training
         would raise.
         """
-        batches = self.sampler.batches(0)
-        for lengths in (self.store.target_lengths, self.store.source_lengths):
-            sizes = [len(rows) * int(lengths[rows].max() + 1) ** 2 for rows in batches]
-            largest = self.feed(batches[sizes.index(max(sizes))], 0)
-            list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
+        largest = self._first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
+        list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
         self.validation.try_longest(self.bundle)
         weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
-        return weights, learning, len(batches)
+        return weights, learning, len(self.sampler)
+
+    def _sampler(self, tokens: int) -> Sampler:
+        lengths = self.store.source_lengths, self.store.target_lengths
+        return Sampler(*lengths, tokens, self.setting.data.data_hash, self.train.seed)
+
+    def _first(self, rows: Ints) -> Batch:
+        """Return some examples as a micro-batch of no update."""
+        return self.feed(rows, 0)
 
     def _due(self, every: int) -> bool:
         step = self.progress.step
@@ -167,7 +205,7 @@ class Trainer:
         patience = self.train.patience
         return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
 
-    def _update(self, batches: Sequence[Ints], show: Show) -> None:
+    def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
         loaded = [self.feed(rows, step) for rows in batches]
@@ -188,6 +226,7 @@ class Trainer:
         progress.tokens += tokens
         progress.loss += loss
         progress.loss_tokens += tokens
+        self._count(loaded)
         show(step, loss / tokens, tokens, progress.best)
         if step % self.train.log_every == 0:
             self._log_training(rate, norm)
@@ -227,6 +266,14 @@ class Trainer:
         self._passed(batches)
         self._write_log("non_finite", {"found": found, "done": done})
 
+    def _count(self, batches: Sequence[Batch]) -> None:
+        """Note the work of an update; EOS counts as a token."""
+        for batch in batches:
+            (rows, source), target, real = batch.source.shape, batch.known_target.shape[1] - 1, batch.target_lengths
+            self.progress.flops += self.formula.flops_of(rows, source, target, int(real.sum()))
+            self.progress.positions += rows * (source + target)
+            self.progress.real += int(batch.source_mask.sum() + real.sum())
+
     def _log_training(self, rate: float, norm: float) -> None:
         progress = self.progress
         fields = {
@@ -234,8 +281,8 @@ class Trainer:
             "loss": progress.loss / progress.loss_tokens,
             "rate": rate,
             "norm": norm,
-            "tokens": progress.tokens,
             "order": progress.order[:16],
+            **work(progress),
         }
         self._write_log("train", fields)
         progress.loss, progress.loss_tokens = 0.0, 0
@@ -257,7 +304,7 @@ class Trainer:
             self._unsaved = self.progress.finished = True
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
+        self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
         self.progress.log_lines += 1
 
     def _save(self) -> None:

@@ -1,0 +1,53 @@
+"""Quality against speed: what a model's settings of decoding cost and bring, and which of them is worth it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.evaluation.metrics import Metric, score
+from encdec_cli.generation.lines import Options, first_text, generate
+from encdec_cli.text.example import Example
+from encdec_cli.text.windows import full_windows
+
+_WARM = 16
+
+
+@dataclass(frozen=True)
+class Point:
+    """One way to decode, measured."""
+
+    precision: str
+    beam: int
+    batch: int
+    """Most sentences decoded together."""
+    workers: int
+    lines_per_second: float
+    score: float
+
+
+def measure(bundle: Bundle, precision: str, options: Options, examples: Sequence[Example], metric: Metric) -> Point:
+    """Decode the examples, a few of them before to warm up, and score them."""
+    list(generate([bundle], [examples[:_WARM]], options))
+    begin = time.perf_counter()
+    texts = [first_text(result) for result in generate([bundle], full_windows(examples, options.window), options)]
+    took = time.perf_counter() - begin
+    (value, *_) = score(metric, metric.statistics(texts, [[example.target or "" for example in examples]]))
+    return Point(precision, options.strategy.beam, options.batch, options.workers, len(examples) / took, value)
+
+
+def on_front(point: Point, points: Sequence[Point], higher_is_better: bool) -> bool:
+    """Tell whether no other point is both faster and better."""
+    sign = 1 if higher_is_better else -1
+    return not any(
+        other.lines_per_second > point.lines_per_second and sign * other.score > sign * point.score for other in points
+    )
+
+
+def fastest_within(points: Sequence[Point], within: float, higher_is_better: bool) -> Point:
+    """Return the fastest point whose score is at most `within` worse than the best one's."""
+    best = (max if higher_is_better else min)(point.score for point in points)
+    good = [point for point in points if abs(point.score - best) <= within]
+    return max(good, key=lambda point: point.lines_per_second)

@@ -1,0 +1,122 @@
+"""What a run has cost: FLOPs and padding, which every repetition repeats, and time, energy and money, which none does.
+
+The first stand in `Progress`, in the log and in bundles. The others stand in the log's clock and in `spent.json`, and
+are added up over all processes that worked at the run: what a killed one did after its last checkpoint is paid for
+too, and told as repeated.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from encdec_cli import atomic
+from encdec_cli.bundle.checkpoint import Progress
+from encdec_cli.errors import BundleError
+from encdec_cli.recipe import Cost
+from encdec_cli.training.ceiling import matrix_ceiling
+from encdec_cli.training.energy import EnergyMeter
+
+SPENT = "spent.json"
+_PATIENCE = 5.0
+"""Seconds of training before the ceiling is measured: a short run does not wait for it."""
+_NOTHING = {"seconds": 0.0, "updates": 0, "joules": 0.0}
+
+
+def work(progress: Progress) -> dict[str, Any]:
+    """Return what a run has done so far, equal in every repetition."""
+    return {"tokens": progress.tokens, "flops": progress.flops, "padding": _padding(progress)}
+
+
+def _padding(progress: Progress) -> float:
+    """Return the share of padding among the positions of both sides that the model has computed."""
+    return round(1 - progress.real / progress.positions, 4) if progress.positions else 0.0
+
+
+class Account:
+    """Counts what one process spends on a run, and adds it to what others have.
+
+    Args:
+        run: the folder of the run.
+        cost: the recipe's section.
+        device: on which training runs.
+        dtype: of its matrix products.
+        progress: what was done before.
+    """
+
+    def __init__(self, run: Path, cost: Cost, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+        self.path = run / SPENT
+        self.cost = cost
+        self.device = device
+        self.dtype = dtype
+        self.energy = EnergyMeter(device)
+        self.ceiling = 0.0
+        """FLOPs a second of large matrix products; 0 before it is measured."""
+        self.spent = self._before()
+        self._begin = self._last = time.perf_counter()
+        self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
+
+    def _before(self) -> dict[str, Any]:
+        if not self.path.exists():
+            return dict(_NOTHING)
+        try:
+            found = atomic.read_json(self.path)
+        except BundleError:
+            found = None
+        return found if isinstance(found, dict) and found.keys() == _NOTHING.keys() else dict(_NOTHING)
+
+    def clock(self, progress: Progress) -> dict[str, Any]:
+        """Note what was spent since the last call; return all that the log tells of time and money."""
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        tokens, flops = progress.tokens - self._tokens, progress.flops - self._flops
+        self.spent["seconds"] += seconds
+        self.spent["updates"] += progress.step - self._updates
+        self.spent["joules"] += self.energy.joules() or 0.0
+        self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
+        atomic.write_file(self.path, atomic.json_bytes(self.spent))
+        if not self.ceiling and now - self._begin > _PATIENCE:
+            self.ceiling = matrix_ceiling(self.dtype, self.device)
+            self._last = time.perf_counter()
+        return {
+            "seconds": round(now - self._begin, 1),
+            "tokens_per_second": round(tokens / seconds, 1) if tokens else None,
+            "mfu": round(flops / seconds / self.ceiling, 4) if tokens and self.ceiling else None,
+            "spent": self.total(),
+        }
+
+    def total(self) -> dict[str, float]:
+        """Return what the run has cost up to the last call of `clock`; what is not known is left out."""
+        hours, joules = self.spent["seconds"] / 3600, self.spent["joules"]
+        energy = self.cost.watts * hours / 1000 or joules / 3.6e6
+        found = {
+            "hours": hours,
+            "kwh": energy,
+            "kwh_measured": joules / 3.6e6,
+            "price": self.cost.price_per_hour * hours,
+            "co2_grams": self.cost.carbon_intensity * energy,
+        }
+        return {name: round(value, 6) for name, value in found.items() if value}
+
+    def sentence(self, progress: Progress) -> str:
+        """Return what the run has cost as one line for people."""
+        total, spent = self.total(), self.spent
+        rate = (
+            f" ({progress.flops / spent['seconds'] / self.ceiling:.0%} of the machine's ceiling)"
+            if self.ceiling
+            else ""
+        )
+        words = [
+            f"{spent['seconds'] / 60:.1f} minutes",
+            f"{progress.flops / 1e12:,.3g} TFLOP{rate}",
+            f"{_padding(progress):.1%} padding",
+        ]
+        repeated = spent["updates"] - progress.step
+        words += [f"{repeated} updates done again after a kill"] if repeated > 0 else []
+        words += [f"{total['kwh']:.3g} kWh"] if "kwh" in total else []
+        words += [f"{total['price']:.2f} to pay"] if "price" in total else []
+        words += [f"{total['co2_grams']:.3g} g CO2"] if "co2_grams" in total else []
+        return "spent: " + ", ".join(words)

@@ -1,0 +1,90 @@
+"""FLOPs of a micro-batch as a formula of its shape, found by counting a few tiny ones: the same for every model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import numpy.typing as npt
+
+from encdec_cli.data.batch import Batch, collate
+from encdec_cli.training.meter import Reading
+
+Wholes = npt.NDArray[np.int64]
+Whole = int | Wholes
+
+_SAMPLES = (
+    ([3], [3]),
+    ([5], [3]),
+    ([7], [3]),
+    ([3], [5]),
+    ([3], [7]),
+    ([5], [5]),
+    ([3, 3], [7, 2]),
+    ([7, 4], [5, 5]),
+    ([5, 5, 2], [3, 3, 3]),
+)
+"""Source lengths and target lengths, EOS counted: enough to tell the terms of `features` apart."""
+
+
+def features(rows: Whole, source: Whole, target: Whole, real: Whole) -> Wholes:
+    """Return what the work of an encoder-decoder may grow with, [8] or [8, batches].
+
+    Args:
+        rows: examples.
+        source: padded source length, EOS counted.
+        target: padded target length, EOS counted.
+        real: target tokens that are not padding: those that reach the output layer.
+    """
+    lengths = (source, target, source * source, target * target, source * target)
+    return np.array([rows // rows, rows, *(rows * length for length in lengths), real])
+
+
+@dataclass(frozen=True)
+class Formula:
+    """FLOPs of one micro-batch, and bytes that its forward pass keeps; a factor for each of `features`."""
+
+    flops: tuple[int, ...]
+    saved: tuple[int, ...]
+
+    def flops_of(self, rows: int, source: int, target: int, real: int) -> int:
+        """Return the FLOPs of loss and gradient; see `features`."""
+        return int(np.array(self.flops) @ features(rows, source, target, real))
+
+    def heaviest(self, shapes: npt.NDArray[np.integer]) -> int:
+        """Return which of the batches of shapes [batches, 3] (rows, source, target) keeps the most bytes."""
+        rows, source, target = shapes.T
+        return int((np.array(self.saved) @ features(rows, source, target, rows * target)).argmax())
+
+
+def find(count: Callable[[Batch], Reading], vocabularies: Sequence[int], longest: int | None) -> Formula:
+    """Return the formula that fits what `count` says of some tiny micro-batches.
+
+    Args:
+        count: computes loss and gradient.
+        vocabularies: tokens of the source's and of the target's.
+        longest: most positions of the model, None without limit.
+    """
+    rows, readings = [], []
+    for lengths in (_SAMPLES[2], *_SAMPLES):  # the first time a model may make things that it keeps
+        source, target = ([min(one, longest or one) for one in side] for side in lengths)
+        ids = [
+            [list(islice(cycle(range(4, vocabulary)), length - 1)) for length in side]
+            for vocabulary, side in zip(vocabularies, (source, target), strict=True)
+        ]
+        readings.append(count(collate(ids[0], ids[1], range(len(source)))))
+        rows.append(features(len(source), max(source), max(target), sum(target)))
+    return Formula(
+        *(
+            _solve(rows[1:], [each.flops for each in readings[1:]]),
+            _solve(rows[1:], [each.saved for each in readings[1:]]),
+        )
+    )
+
+
+def _solve(rows: Sequence[Wholes], values: Sequence[int]) -> tuple[int, ...]:
+    # What is counted are whole numbers: rounded, the factors are equal on every machine.
+    solution = np.linalg.lstsq(np.stack(rows).astype(float), np.array(values, dtype=float), rcond=None)[0]
+    return tuple(int(value) for value in np.rint(solution))

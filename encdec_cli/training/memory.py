@@ -1,0 +1,181 @@
+"""What training needs of the memory, told before the first update, for any model.
+
+Loss and gradient of a few rows of the largest micro-batch are computed while every tensor is counted. With the lengths
+of a batch fixed, what is alive at the worst moment grows by the same for each row, so two such samples tell of the
+whole. On a CPU the C library keeps more than is alive; how much is measured once, on the larger sample.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from encdec_cli.data.batch import Batch
+from encdec_cli.data.sampler import Ints
+from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.loss import CHUNK
+from encdec_cli.training.meter import read
+from encdec_cli.training.optimizer import Optimizer
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+_FEW = 512
+"""Tokens of a sample that are enough to be told from what every batch costs."""
+_MORE_HOLES = 1.1
+"""The whole batch, over many updates, wastes more than the sample: by how much, as a rule."""
+_USUAL_WASTE = 0.35
+"""Where the system does not tell the peak of a process; measured are 0.1 to 0.45."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that training holds at its worst moment, by what they are for."""
+
+    program: int
+    """What the process has without any of the following: Python, torch, the data. 0 on a GPU."""
+    weights: int
+    """Parameters and buffers of the model."""
+    optimizer: int
+    """fp32 masters and moments."""
+    gradients: int
+    """fp32 sums over the micro-batches of an update."""
+    activations: int
+    """Of the micro-batches computed together: activations, their own gradients, one chunk of logits."""
+    waste: int
+    """What the allocator keeps and nobody uses."""
+    saving: int
+    """The copy of the optimizer's state that becomes a checkpoint, when gradients and activations are gone."""
+
+    @property
+    def growth(self) -> int:
+        """What is still to come when model and optimizer stand."""
+        return max(self.gradients + self.activations + self.waste, self.saving)
+
+    @property
+    def total(self) -> int:
+        """The worst moment of all."""
+        return self.program + self.weights + self.optimizer + self.growth
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Predicts what a run needs, from the parts that decide it."""
+
+    gradients: Gradients
+    optimizer: Optimizer
+    accumulate: int
+    """Micro-batches of an update."""
+    vocabulary: int
+    """Of the target."""
+    load: Callable[[Ints], Batch]
+    """Makes a micro-batch, on the device, of training examples."""
+
+    def need(self, rows: Ints) -> Need:
+        """Predict what updates take whose largest micro-batch has these examples, as `Sampler.cut` orders them."""
+        model, parameters = self.gradients.model, self.gradients.parameters
+        few, more = self._sizes(rows)
+        peaks = [read(model, self.gradients.objective, parameters, self.load(rows[:size])).peak for size in (few, more)]
+        each = (peaks[1] - peaks[0]) / max(1, more - few)
+        device = parameters[0].device
+        waste = self._waste(self.load(rows[:more]), peaks[1]) if device.type == "cpu" else 0.0
+        model_bytes = [*model.parameters(), *model.buffers()]
+        state = list(self.optimizer.state().values())
+        weights = _bytes(model_bytes)
+        sums = 4 * sum(parameter.numel() for parameter in parameters)
+        together = self.gradients.workers
+        activations = together * (peaks[0] + round(each * (len(rows) - few)))
+        if self.accumulate <= together:  # the sums are made after the last activation is gone
+            activations = max(0, activations - sums)
+        optimizer = _bytes([*model_bytes, *state]) - weights  # a parameter in fp32 is its own master
+        reset_peak()
+        return Need(
+            program=max(0, resident() - weights - optimizer) if device.type == "cpu" else 0,
+            weights=weights,
+            optimizer=optimizer,
+            gradients=sums,
+            activations=activations,
+            waste=round(waste * (activations + sums)),
+            saving=_bytes(state) if device.type == "cpu" else 0,
+        )
+
+    def _sizes(self, rows: Ints) -> tuple[int, int]:
+        """Return the rows of two samples. Both fill a chunk of logits if the whole batch does."""
+        longest = self.load(rows[:2]).known_target.shape[1]
+        tokens = max(_FEW, CHUNK // self.vocabulary)
+        if len(rows) * longest < tokens:
+            tokens = min(_FEW, len(rows) * longest // 4)
+        few = min(len(rows), max(2, -(-tokens // longest)))  # the first two hold the longest sides
+        return few, min(len(rows), 2 * few)
+
+    def _waste(self, batch: Batch, peak: int) -> float:
+        """Return the share by which a process grows beyond what is alive, by computing some micro-batches for real."""
+        together = self.gradients.workers
+        before = reset_peak()
+        for _ in range(2):  # the second time finds holes that the first one left
+            for _ in self.gradients.of([batch] * together, 1.0, 0):
+                pass
+        grown = peak_resident() - before if before else 0
+        return min(1.0, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has now; 0 where the system does not tell."""
+    return _status("VmRSS")
+
+
+def peak_resident() -> int:
+    """Return the most bytes that this process has had."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    try:
+        lines = _STATUS.read_text().split("\n")
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(name)), 0)
+
+
+def reset_peak() -> int:
+    """Give what is free back to the system and start the peak anew; return what is left, 0 if that is impossible."""
+    with suppress(AttributeError, OSError):  # the C library of GNU has it
+        ctypes.CDLL(None).malloc_trim(0)
+    try:
+        _RESET.write_text("5")
+    except OSError:
+        return 0
+    return resident()
+
+
+def available(device: torch.device) -> int:
+    """Return the bytes that this process can still get on a device; 0 where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    found = [_free_memory()]
+    for limit, usage in _CGROUPS:
+        with suppress(OSError, ValueError):  # no such file, or no limit: "max"
+            found.append(int(limit.read_text()) - int(usage.read_text()))
+    return max(0, min((bytes_ for bytes_ in found if bytes_ is not None), default=0))
+
+
+def _free_memory() -> int | None:
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().split("\n"):
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) << 10
+    return None

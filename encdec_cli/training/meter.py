@@ -1,0 +1,121 @@
+"""Floating-point operations and live bytes of a piece of work, counted operation by operation, for any model."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from encdec_cli.data.batch import Batch
+from encdec_cli.models.dropout import drawing
+from encdec_cli.models.model import Model
+from encdec_cli.training.objective import Objective
+
+_ATTENTION: dict[str, tuple[Callable[..., int], int]] = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (sdpa_flop_count, 3),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (sdpa_backward_flop_count, 4),
+}
+"""What torch's own table lacks: a formula, and of how many tensors it wants the shapes."""
+
+
+class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Inside its block every operation of this thread is counted; those of the backward pass too.
+
+    FLOPs are those of matrix products, attention and convolutions, by torch's own formulas. Bytes are those of tensors
+    that operations of the block made; what a kernel needs inside itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+        self.peak = 0
+        """The most bytes that were alive at a time."""
+        self.live = 0
+        """The bytes that are alive now."""
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch would import its compiler, which takes seconds and 100 MB, to keep it away from here
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count one operation."""
+        kwargs = kwargs or {}
+        self._note((*args, *kwargs.values()), ours=False)
+        result = func(*args, **kwargs)
+        self._note((result,), ours=True)
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        elif func._schema.name in _ATTENTION:
+            formula, count = _ATTENTION[func._schema.name]
+            self.flops += formula(*(tensor.shape for tensor in args[:count]))
+        return result
+
+    def _note(self, values: Iterable[Any], ours: bool) -> None:
+        for tensor in _tensors(values):
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._known:
+                size = storage.nbytes() if ours else 0  # an argument that was not known is older than the block
+                self._known[key] = weakref.ref(storage, self._forgetter(key, size))
+                self.live += size
+                self.peak = max(self.peak, self.live)
+
+    def _forgetter(self, key: int, size: int) -> Callable[[Any], None]:
+        def forget(_reference: Any) -> None:
+            del self._known[key]
+            self.live -= size
+
+        return forget
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What loss and gradient of one micro-batch took."""
+
+    flops: int
+    saved: int
+    """Bytes kept from the forward pass for the backward pass."""
+    peak: int
+    """Bytes alive at the worst moment, beside the weights and the batch."""
+
+
+def read(model: Model, objective: Objective, parameters: Sequence[nn.Parameter], batch: Batch) -> Reading:
+    """Compute loss and gradient of a micro-batch and throw both away; the model is left as it was, in training mode."""
+    model.train()
+    with _undisturbed(model), drawing(0), Meter() as meter:
+        loss = objective(model, batch, parameters, 1.0)
+        saved = meter.live
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        del loss
+    return Reading(meter.flops, saved, meter.peak)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Give back buffers and random numbers as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)

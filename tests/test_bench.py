@@ -1,0 +1,60 @@
+"""`encdec bench`: what it tells, and how it weighs quality against speed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from encdec_cli.evaluation.tradeoff import Point, fastest_within, on_front
+from tests.test_resume import lines_of
+
+
+def point(speed: float, score: float) -> Point:
+    return Point("fp32", 1, 0, 1, speed, score)
+
+
+def test_the_fastest_that_is_good_enough():
+    points = [point(100, 30.0), point(80, 37.5), point(60, 38.0), point(50, 37.9), point(200, 10.0)]
+    assert fastest_within(points, 1.0, True) == points[1]
+    assert fastest_within(points, 0.4, True) == points[2]
+    assert fastest_within(points, 8.0, True) == points[0]
+    assert fastest_within(points, 1.0, False) == points[4]
+    assert [on_front(one, points, True) for one in points] == [True, True, True, False, True]
+    assert [on_front(one, points, False) for one in points] == [False, False, False, False, True]
+
+
+def test_a_model_is_tried_in_every_setting(forks, copy_run):
+    done = forks("bench", "--model", copy_run, "--beams", "1,2", "--batches", "4", "--lines", "6", "--json")
+    assert done.wait() == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["machine"]["cores"] >= 1
+    assert all(value > 0 for key, value in told["machine"].items() if key.endswith(("gflops", "second")))
+    settings = told["generation"]["settings"]
+    assert {(one["beam"], one["batch"]) for one in settings} == {(1, 4), (2, 4)}
+    assert all(one["lines_per_second"] > 0 and one["score"] > 50 for one in settings)
+    chosen = told["generation"]["recommended"]
+    assert chosen in [{key: one[key] for key in chosen} for one in settings]
+
+
+def test_a_recipe_is_timed_and_its_run_left_as_it_was(forks, copy_run):
+    recipe = copy_run.parent / "corpus" / "recipe.yaml"
+    keys = ("train.steps=500", "train.tokens=512", "train.rate=5e-3", "model.dropout=0.0", "model.d_model=64")
+    keys += ("train.validate_every=100", "train.save_every=100", "model.positions=sinusoidal", "train.log_every=1")
+    before = {path: path.stat().st_mtime_ns for path in copy_run.rglob("*") if path.name != "lock"}
+    lines = lines_of(copy_run / "log.jsonl")
+    done = forks("bench", recipe, *keys, "--seconds", "0", "--output", copy_run)
+    assert done.wait() == 0, done.stderr
+    rows = dict(line.split(maxsplit=1) for line in done.stdout.split("\n") if line)
+    assert float(rows["tokens_per_second"].replace(",", "")) > 0
+    assert 0 < float(rows["mfu"]) < 1.5
+    assert lines_of(copy_run / "log.jsonl") == lines
+    assert {path: path.stat().st_mtime_ns for path in copy_run.rglob("*") if path.name != "lock"} == before
+
+
+@pytest.mark.parametrize("words", [("--beams", "0"), ("--beams", "1;5"), ("--batches", "-1"), ("--batches", "")])
+def test_numbers_that_are_none(forks, words):
+    done = forks("bench", *words)
+    assert done.wait() == 2
+    assert words[0] in done.stderr
+    assert done.stdout == ""

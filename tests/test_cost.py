@@ -1,0 +1,372 @@
+"""What a run needs and what it costs: counted, worked by hand, and added up through interruptions."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from encdec_cli.bundle.checkpoint import Progress
+from encdec_cli.data.batch import Batch, collate
+from encdec_cli.data.prepare import Prepared
+from encdec_cli.data.sampler import Sampler
+from encdec_cli.errors import ResourceError
+from encdec_cli.models import attention
+from encdec_cli.models.transformer import Transformer
+from encdec_cli.recipe import Cost, Train, load
+from encdec_cli.training import account, budget, energy, flops, memory
+from encdec_cli.training.account import Account
+from encdec_cli.training.budget import settle
+from encdec_cli.training.energy import EnergyMeter
+from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.loss import real_rows
+from encdec_cli.training.meter import Meter, read
+from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.rules import make_optimizer
+from encdec_cli.training.signals import Stop
+from encdec_cli.training.trainer import Setting, Trainer
+from tests.test_resume import lines_of
+
+ROOT = Path(__file__).parent.parent
+VOCAB = 60
+CPU = torch.device("cpu")
+
+
+def test_bytes_alive_at_a_time():
+    older = torch.ones(1000)
+    with Meter() as meter:
+        first = older * 2
+        second = first.view(10, 100) + 1
+        assert (meter.live, meter.peak) == (8000, 8000)
+        del first, second
+        third = older + older
+        assert (meter.live, meter.peak) == (4000, 8000)
+        third.add_(1)
+        _ = third[:10].sum()
+    assert meter.peak == 8000
+
+
+def test_flops_of_a_product():
+    a, b = torch.ones(3, 5, requires_grad=True), torch.ones(5, 7, requires_grad=True)
+    with Meter() as meter:
+        product = a @ b
+        assert meter.flops == 2 * 3 * 5 * 7
+        torch.autograd.grad(product.sum(), (a, b))
+    assert meter.flops == 3 * 2 * 3 * 5 * 7
+
+
+def gru():
+    spec = importlib.util.spec_from_file_location("gru_example", ROOT / "docs" / "examples" / "gru.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Gru(module.Gru.Config(16), VOCAB, VOCAB)
+
+
+def transformer(**changes) -> Transformer:
+    return Transformer(Transformer.Config(2, 3, 32, 4, 64, **({"dropout": 0.1} | changes)), VOCAB, VOCAB)
+
+
+def batch(rows: int, source: int, target: int) -> Batch:
+    random = torch.Generator().manual_seed(rows)
+
+    def some(longest: int) -> list[list[int]]:
+        lengths = [longest - 1, *torch.randint(1, longest, (rows - 1,), generator=random).tolist()]
+        return [torch.randint(4, VOCAB, (length,), generator=random).tolist() for length in lengths]
+
+    return collate(some(source), some(target), range(rows))
+
+
+MODELS = {
+    "transformer": transformer,
+    "no bias, rotary, untied": partial(transformer, positions="rotary", bias=False, tie="none", attention_dropout=0.2),
+    "gru": gru,
+}
+
+
+def found(model) -> flops.Formula:
+    count = partial(read, model, CrossEntropy(0.1), list(model.parameters()))
+    return flops.find(count, (VOCAB, VOCAB), model.max_positions)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_formula_gives_the_profilers_count(monkeypatch, name):
+    # torch's own counter does not see fused attention on a CPU.
+    monkeypatch.setattr(attention, "_by_matmul", lambda *_: True)
+    model, shape = MODELS[name](), (20, 40, 23)
+    formula, one = found(model), batch(*shape)
+    # A textbook loss: torch's counter hooks into modules, and does not bear gradients inside of a forward pass.
+    with FlopCounterMode(display=False) as counter:
+        target = one.known_target
+        rows, labels = real_rows(model(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
+        torch.nn.functional.cross_entropy(model.project(rows), labels).backward()
+    model.zero_grad()
+    real = int((one.known_target[:, 1:] != 0).sum())
+    assert formula.flops_of(*shape, real) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_fused_attention_is_counted_too():
+    """Without dropout, fp32 takes a fused kernel; its backward pass computes the scores once more."""
+    model = transformer(dropout=0.0)
+    rows, source, target = shape = (4, 10, 6)
+    products = 2 * rows * 32 * (2 * source * source + 3 * target * target + 3 * source * target)
+    fused, plain = found(model), found(transformer(attention_dropout=0.5))
+    assert fused.flops_of(*shape, 24) - plain.flops_of(*shape, 24) == products
+
+
+def test_counting_leaves_the_model_as_it_was():
+    model = transformer()
+    model.register_buffer("seen", torch.zeros(1))
+    model.encoder[0].register_forward_pre_hook(lambda *_: model.seen.add_(1) and None)
+    before, chance = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+    found(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), chance)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60),
+    st.integers(31, 120),
+    st.sampled_from([7, 1_000_000]),
+)
+def test_shapes_are_those_of_the_batches_of_every_epoch(pairs, tokens, window):
+    lengths = np.array(pairs).T
+    sampler = Sampler(*lengths, tokens, "data", 1, window)
+    shapes = sampler.shapes().tolist()
+    for epoch in (0, 3):
+        batches = sampler.batches(epoch)
+        assert sorted(shapes) == sorted([len(b), *(int(side[b].max()) + 1 for side in lengths)] for b in batches)
+    for number, (rows, source, target) in enumerate(shapes):
+        cut = sampler.cut(number)
+        assert len(set(cut.tolist())) == len(cut) == rows
+        assert [int(side[cut[:2]].max()) + 1 for side in lengths] == [source, target]
+
+
+def forecast(model, load, accumulate: int = 1, dtype: torch.dtype = torch.float32) -> memory.Forecast:
+    optimizer = make_optimizer(model, Train(), load(np.arange(1)), dtype)
+    model.to(dtype)
+    gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)
+    gradients.close()
+    return memory.Forecast(gradients, optimizer, accumulate, VOCAB, load)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, checkpointing):
+    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.5)
+    monkeypatch.setattr(memory, "CHUNK", 600 * VOCAB)
+    model = transformer(attention_dropout=0.1)
+    model.checkpointing = checkpointing
+    ids = [[[5 + i % 9] * (length - 1) for i in range(160)] for length in (18, 24)]
+
+    def load(rows):
+        return collate([ids[0][i] for i in rows], [ids[1][i] for i in rows], rows.tolist())
+
+    asked = []
+    several = forecast(model, lambda rows: asked.append(len(rows)) or load(rows), 2, dtype)
+    need = several.need(np.arange(160))
+    assert max(asked) < 160 / 2
+    whole = read(model, CrossEntropy(0.1), several.gradients.parameters, load(np.arange(160))).peak
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert need.activations == pytest.approx(several.gradients.workers * whole, rel=0.02, abs=4 * parameters)
+    assert need.gradients == 4 * parameters
+    assert need.weights == dtype.itemsize * parameters
+    assert need.optimizer == (8 if dtype == torch.float32 else 12) * parameters + 8  # and the number of updates
+    assert need.waste == round(0.5 * (need.activations + need.gradients))
+    assert need.total == need.program + need.weights + need.optimizer + need.growth
+
+
+def setting(recipe: Path, run: Path, *overrides: str) -> Setting:
+    from encdec_cli.training.data import prepared_data
+
+    loaded = load(recipe, overrides)
+    data, _ = prepared_data(loaded, run, lambda _: None)
+    assert isinstance(data, Prepared)
+    return Setting(loaded, data, run, "cpu", Stop(), lambda _: None)
+
+
+def test_the_largest_budget_that_fits(recipe, tmp_path, monkeypatch):
+    wanted = setting(recipe, tmp_path / "run", "train.tokens=auto", "train.threads=1")
+    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.3)
+    monkeypatch.setattr(budget, "_FIRST", 128)
+    judge = Trainer(settle_with(wanted, 128))
+    free = int(judge.need(640).growth / budget._SHARE) + 1
+    monkeypatch.setattr(budget, "available", lambda _device: free)
+    tokens = settle(wanted).recipe.train.tokens
+    assert tokens >= 512
+    assert judge.need(tokens).growth <= budget._SHARE * free
+    monkeypatch.setattr(budget, "available", lambda _device: 1000)
+    with pytest.raises(ResourceError, match=r"longest example, \d+ tokens"):
+        settle(wanted)
+
+
+def settle_with(wanted: Setting, tokens: int) -> Setting:
+    return budget._with(wanted, tokens)
+
+
+def test_a_run_keeps_the_budget_it_began_with(forks, recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    first = forks("train", recipe, "train.tokens=auto", "train.steps=2", "train.validate_every=0", "--output", run)
+    assert first.wait() == 0, first.stderr
+    assert "train.tokens: auto is " in first.stderr
+    kept = int(first.stderr.split("train.tokens: auto is ")[1].split()[0])
+    monkeypatch.setattr(budget, "available", lambda _device: 1000)
+    again = setting(recipe, run, "train.tokens=auto")
+    assert settle(again).recipe.train.tokens == kept
+    assert json.loads((run / "bundle" / "bundle.json").read_text())["recipe"]["train"]["tokens"] == kept
+
+
+def test_free_memory_is_the_least_of_system_and_group(tmp_path, monkeypatch):
+    limit, usage = tmp_path / "max", tmp_path / "current"
+    monkeypatch.setattr(memory, "_CGROUPS", ((limit, usage),))
+    free = memory.available(CPU)
+    assert free > 0
+    limit.write_text("max\n")
+    usage.write_text("1000\n")
+    assert memory.available(CPU) > 0
+    limit.write_text("5000\n")
+    assert memory.available(CPU) == 4000
+
+
+class Time:
+    """A clock that is told the time."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    monotonic = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    told = Time()
+    monkeypatch.setattr(account, "time", told)
+    monkeypatch.setattr(energy, "time", told)
+    monkeypatch.setattr(account, "matrix_ceiling", lambda *_: 1e9)
+    return told
+
+
+def test_costs_are_added_up_over_processes_and_repeated_work_is_told(tmp_path, clock):
+    cost = Cost(price_per_hour=3.6, watts=100, carbon_intensity=500)
+    first = Account(tmp_path, cost, CPU, torch.float32, Progress())
+    clock.now += 1000
+    told = first.clock(Progress(step=10, tokens=5000, flops=10**11, real=75, positions=100))
+    assert told["seconds"] == 1000
+    assert told["tokens_per_second"] == 5
+    assert told["mfu"] == 0.1
+    # That process is killed; the checkpoint was of update 4.
+    second = Account(tmp_path, cost, CPU, torch.float32, Progress(step=4, tokens=2000, flops=4 * 10**10))
+    clock.now += 2600
+    end = Progress(step=10, tokens=5000, flops=10**11, real=75, positions=100)
+    told = second.clock(end)
+    assert told["seconds"] == 2600
+    assert told["spent"] == {"hours": 1.0, "kwh": 0.1, "price": 3.6, "co2_grams": 50.0}
+    sentence = second.sentence(end)
+    for words in ("60.0 minutes", "25.0% padding", "6 updates done again", "0.1 kWh", "3.60 to pay", "50 g CO2"):
+        assert words in sentence
+    (tmp_path / account.SPENT).write_text("{")  # damaged: counted anew, never an error
+    assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
+
+
+def test_measured_energy_where_the_machine_tells_it(tmp_path, clock):
+    for package, joules in (("intel-rapl:0", 5), ("intel-rapl:1", 7), ("intel-rapl:0:0", 1)):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "energy_uj").write_text(f"{joules}000000\n")
+        (tmp_path / package / "max_energy_range_uj").write_text("10000000\n")
+    meter = EnergyMeter(CPU, tmp_path)
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("8000000\n")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("1000000\n")  # it has begun again at 10 joules
+    (tmp_path / "intel-rapl:0:0" / "energy_uj").write_text("9000000\n")  # a part of package 0
+    assert meter.joules() == pytest.approx(3 + 4)
+    assert meter.joules() == 0
+    assert EnergyMeter(CPU, tmp_path / "nothing").joules() is None
+
+
+def test_a_gpu_is_asked_for_its_power(tmp_path, clock, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$1" = --id=GPU-7 ] && echo 250.5\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    meter = EnergyMeter(CPU, tmp_path)
+    meter._gpu = "GPU-7"
+    clock.now += 10
+    assert meter.joules() == pytest.approx(2505)
+    meter._gpu = "GPU-8"
+    assert meter.joules() is None
+
+
+def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    keys = ("train.steps=20", "train.accumulate=2", "train.save_every=5", "train.validate_every=20")
+    costs = ("cost.price_per_hour=360", "cost.watts=50", "cost.carbon_intensity=100")
+    done = forks("train", recipe, *keys, *costs, "--output", run)
+    assert done.wait() == 0, done.stderr
+    assert "memory: " in done.stderr
+    assert "spent: " in done.stderr
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
+    last = [event for event in events if event["event"] == "train"][-1]
+    wanted = setting(recipe, run, *keys)
+    store = wanted.data.store("train")
+    sampler = Sampler(store.source_lengths, store.target_lengths, 256, wanted.data.data_hash, 1)
+    batches = [rows for update in itertools.islice(sampler.updates(0, 2), 20) for rows in update]
+    sides = [[side[rows] + 1 for rows in batches] for side in (store.source_lengths, store.target_lengths)]
+    real = sum(int(one.sum()) for side in sides for one in side)
+    positions = sum(len(one) * int(one.max()) for side in sides for one in side)
+    assert last["padding"] == pytest.approx(1 - real / positions, abs=1e-4)
+    trainer = Trainer(wanted)
+    expected = sum(
+        trainer.formula.flops_of(len(source), int(source.max()), int(target.max()), int(target.sum()))
+        for source, target in zip(*sides, strict=True)
+    )
+    assert last["flops"] == expected
+    facts = json.loads((run / "bundle" / "bundle.json").read_text())["facts"]
+    assert facts["work"] == {key: last[key] for key in ("tokens", "flops", "padding")}
+    spent = last["clock"]["spent"]
+    assert spent["price"] == pytest.approx(360 * spent["hours"], rel=0.01)
+    assert spent["kwh"] == pytest.approx(0.05 * spent["hours"], rel=0.01)
+
+
+def test_what_a_kill_cost_is_told(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    keys = ("train.steps=3000", "train.save_every=1000", "train.validate_every=0", "train.log_every=2")
+    killed = forks.start("train", recipe, *keys, "--output", run)
+    while killed.code() is None and lines_of(run / "log.jsonl") < 3:
+        time.sleep(0.005)
+    killed.send(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    done = forks("train", recipe, *keys, "train.steps=20", "--output", run)
+    assert done.wait() == 0, done.stderr
+    again = json.loads((run / account.SPENT).read_text())["updates"] - 20
+    assert again >= 6
+    assert f"{again} updates done again after a kill" in done.stderr
+
+
+def test_a_dry_run_shows_the_memory(forks, recipe, tmp_path):
+    done = forks("train", recipe, "--dry-run", "--output", tmp_path / "run")
+    assert done.wait() == 0, done.stderr
+    rows = dict(line.split("  ", 1) for line in done.stderr.split("\n") if "MiB" in line)
+    assert {"weights", "optimizer", "gradients", "activations", "total"} <= rows.keys()
+
+
+@pytest.mark.slow
+def test_predicted_memory_is_within_a_tenth_of_the_peak():
+    from tests.benchmarks.memory import SHAPES, in_a_process
+
+    for number, shape in enumerate(SHAPES):
+        found = in_a_process(number)
+        assert found["predicted"] == pytest.approx(found["measured"], rel=0.1), shape
