@@ -8,12 +8,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from encdec_cli.models.attention import Ancestry, CrossAttention, KeysValues, SelfAttention, mask_bias
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
-from encdec_cli.models.linear import Linear
+from encdec_cli.models.linear import Linear, linear
 from encdec_cli.models.model import Memory, Model
 from encdec_cli.models.positions import Learned, Rotary, Sinusoidal
 
@@ -78,7 +77,7 @@ class DecoderLayer(nn.Module):
         mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
         [rows, heads, new, src_len].
         """
-        cache, start, beam = state.caches[layer], state.length, state.ancestry.beam
+        cache, ancestry = state.caches[layer], state.ancestry
         keys, values = state.sources[layer]
 
         def look(y: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ class DecoderLayer(nn.Module):
             mixed: Tensor = self.cross(y, keys, values, state.mask)
             return mixed
 
-        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, cache, rotary, start, beam))
+        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, rotary, cache, ancestry))
         x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
@@ -107,8 +106,11 @@ class TransformerState:
     """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
     mask: Tensor | None
     """What to add to scores of source positions, [sentences, 1, 1, src_len]; None if nothing is masked."""
-    length: int = 0
-    """Tokens so far."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.ancestry.length
 
     def reorder(self, rows: Tensor) -> None:
         """Let new row i continue old row rows[i]; see `State`. The source moves only if sentences do."""
@@ -128,10 +130,7 @@ class TransformerState:
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length` of every row."""
-        self.length = min(self.length, length)
         self.ancestry.crop(length)
-        for cache in self.caches:
-            cache.crop(length * self.ancestry.beam)
 
 
 class Transformer(Model):
@@ -270,7 +269,6 @@ class Transformer(Model):
         mask = state.ancestry.extend(tokens.shape[1], x)
         for number, layer in enumerate(self.decoder):
             x = layer(x, state, number, self.rotary, mask)
-        state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden
 
@@ -282,7 +280,6 @@ class Transformer(Model):
             seen: list[Tensor] = []
             x = layer(x, state, number, self.rotary, mask, seen)
             yield seen[0]
-        state.length += tokens.shape[1]
 
     def untie(self) -> None:
         """Give the output layer a copy of the target embedding, if it shares that."""
@@ -294,6 +291,6 @@ class Transformer(Model):
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
         if self.output is None:
-            return F.linear(hidden, self.target_embedding.weight)
+            return linear(hidden, self.target_embedding.weight)
         logits: Tensor = self.output(hidden)
         return logits
