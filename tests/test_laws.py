@@ -205,11 +205,12 @@ class ForgetsSentences(Transformer):
 
 
 class ForgetsToForget(Transformer):
-    """Its state goes back, but not its position."""
+    """Its state goes back only when it is told to forget everything."""
 
     def start(self, memory, beam=1):
         state = super().start(memory, beam)
-        state.crop = lambda length: [cache.crop(length) for cache in state.caches]
+        whole = state.crop
+        state.crop = lambda length: whole(length) if length == 0 else None
         return state
 
 
@@ -322,10 +323,13 @@ def test_source_keys_are_kept_once_a_sentence_and_move_only_when_sentences_do():
 def test_the_cache_keeps_the_first_call_as_it_is():
     cache = KeysValues()
     keys, values = torch.randn(2, 2, 3, 4), torch.randn(2, 2, 3, 4)
-    first, _ = cache.append(keys, values)
+    first, _ = cache.append(keys, values, 0, 3)
     assert first.data_ptr() == keys.data_ptr()
-    more, _ = cache.append(keys[:, :, :1], values[:, :, :1])
+    more, _ = cache.append(keys[:, :, :1], values[:, :, :1], 3, 4)
     assert torch.equal(more, torch.cat((keys, keys[:, :, :1]), dim=2))
+    with torch.no_grad():
+        more, _ = cache.append(keys[:, :, :1], values[:, :, :1], 4, 8)
+    assert torch.equal(more, torch.cat((keys, *[keys[:, :, :1]] * 2, torch.zeros(2, 2, 3, 4)), dim=2))
 
 
 def test_training_after_inference_mode_works():

@@ -92,6 +92,7 @@ class Stepper:
         """Return the scores of the next token after one of the tokens that were read. logits: [rows, vocab]."""
         return Scores(logits.contiguous(), self._forbidden, normalised=len(self._members) > 1)
 
+    @torch.inference_mode()
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length` of every row. Raises UsageError if a model's state cannot."""
         for model, state in self._members:

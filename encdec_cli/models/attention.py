@@ -17,6 +17,8 @@ FEW_QUERIES = 16
 """Up to this many queries, as in a step of decoding, a fused kernel cannot make use of its blocks."""
 MANY_SCORES = 2**27
 """Above this many attention weights the memory to hold them matters more than speed."""
+ROOM = 8
+"""Stores of keys and values grow by this many positions."""
 
 
 def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -81,8 +83,12 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, _least(dtype))
+
+
+def _least(dtype: torch.dtype) -> float:
     # Half of the least number, so that two of them still have a finite sum.
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min / 2)
+    return torch.finfo(dtype).min / 2
 
 
 def _with_causal(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> Tensor | None:
@@ -98,34 +104,46 @@ class Ancestry:
     """Which of the positions that the rows of a sentence have written each of them may look at.
 
     The rows of a sentence share one store of keys and values; when a row becomes the continuation of another, its
-    view of the store changes and nothing in the store moves. With one row to a store there is nothing to tell.
+    view of the store changes and nothing in the store moves. What is asked for beyond the first call covers the room
+    of the store too, where nobody looks.
     """
 
     def __init__(self, beam: int) -> None:
         self.beam = beam
+        self.length = 0
+        """Positions so far."""
+        self.room = 0
+        """Positions that the stores have room for; always as many as there are while gradients are recorded."""
         self._bias: Tensor | None = None
-        """What to add to attention scores, [rows, beam x positions so far]."""
+        """What to add to attention scores, [rows, beam x room]; None while each row is alone in its store."""
 
     def extend(self, new: int, like: Tensor) -> Tensor | None:
-        """Add `new` positions for every row; return the bias of their queries, [sentences, 1, beam x new, positions].
+        """Add `new` positions for every row; return the bias of their queries, [sentences, 1, beam x new, beam x room].
 
-        None for one row a sentence, whose queries are merely causal. like: [rows, ...], for type and device.
+        None where all positions are new, and merely causal. With one row a sentence the bias is that of all rows,
+        [1, 1, new, room]. like: [rows, ...], for type and device.
         """
+        start, self.length = self.length, self.length + new
+        if start == 0 or torch.is_grad_enabled():
+            self.room = self.length
+        elif self.length > self.room:
+            self.room = -(-self.length // ROOM) * ROOM
         if self.beam == 1:
-            return None
-        past = like.new_empty((len(like), 0)) if self._bias is None else self._bias
+            return None if start == 0 else _causal_bias(new, self.length, self.room, like)
         rows = torch.arange(len(like), device=like.device) % self.beam
         owners = torch.arange(self.beam, device=like.device).repeat(new)  # position after position
         own = owners == rows[:, None]  # [rows, new x beam]
-        self._bias = torch.cat((past, _bias(own, like.dtype)), dim=1)
+        past = self._widened(start, like)
+        before, after = start * self.beam, self.length * self.beam
+        past[:, before:after] = _bias(own, like.dtype)
+        self._bias = past
         if new == 1:
-            seen = self._bias
-        else:
-            places = torch.arange(new, device=like.device)
-            earlier = own[:, None] & (places.repeat_interleave(self.beam) <= places[:, None])  # [rows, new, new x beam]
-            before = past[:, None].expand(-1, new, -1)
-            seen = torch.cat((before, _bias(earlier, like.dtype)), dim=2)
-        return seen.reshape(-1, 1, self.beam * new, self._bias.shape[1])
+            return past.view(-1, 1, self.beam, past.shape[1])
+        places = torch.arange(new, device=like.device)
+        earlier = own[:, None] & (places.repeat_interleave(self.beam) <= places[:, None])  # [rows, new, new x beam]
+        seen = past[:, None].repeat(1, new, 1)
+        seen[:, :, before:after] = _bias(earlier, like.dtype)
+        return seen.view(-1, 1, self.beam * new, past.shape[1])
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue row rows[i]."""
@@ -134,70 +152,69 @@ class Ancestry:
 
     def crop(self, length: int) -> None:
         """Forget all positions but the first `length` of every row."""
+        self.length = min(self.length, length)
         if self._bias is not None:
-            self._bias = self._bias[:, : length * self.beam]
+            self._bias[:, self.length * self.beam :] = _least(self._bias.dtype)
+
+    def _widened(self, start: int, like: Tensor) -> Tensor:
+        """Return the bias of the `start` positions so far, as wide as the room."""
+        if self._bias is not None and self._bias.shape[1] == self.room * self.beam:
+            return self._bias
+        bias = like.new_full((len(like), self.room * self.beam), _least(like.dtype))
+        if self._bias is not None:
+            bias[:, : start * self.beam] = self._bias[:, : start * self.beam]
+        return bias
+
+
+def _causal_bias(new: int, length: int, room: int, like: Tensor) -> Tensor:
+    """Return what lets the last `new` of `length` positions see those before them: [1, 1, new, room]."""
+    places = torch.arange(room, device=like.device)
+    last = torch.arange(length - new, length, device=like.device)
+    return _bias(places <= last[:, None], like.dtype)[None, None]
 
 
 class KeysValues:
     """The keys and values of one layer, for all positions so far.
 
-    The first ones are kept as they are: training copies nothing and gradients flow. Room is made, twice what is
-    needed, only when a second call comes.
+    The first ones are kept as they are: training copies nothing and gradients flow. Room for more is made only when a
+    second call comes, and lies at the end of the store: so what is read is one block of memory for each sentence and
+    head, which products of matrices want.
     """
 
     def __init__(self) -> None:
-        self.length = 0
-        self._stores: tuple[Tensor, ...] = ()
+        self.stores: tuple[Tensor, ...] = ()
+        """Keys and values, [sentences, heads, room, head_dim] each; empty before the first call."""
         self._own = False
         """Whether the stores are ours to write into."""
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add keys and values [sentences, heads, new, head_dim]; return those of all positions."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        if start == 0:
-            self._stores = (keys, values)
-        elif torch.is_grad_enabled() and (keys.requires_grad or self._stores[0].requires_grad):
+    def append(self, keys: Tensor, values: Tensor, start: int, room: int) -> tuple[Tensor, Tensor]:
+        """Add keys and values [sentences, heads, new, head_dim] after `start`; return the stores, `room` long."""
+        end = start + keys.shape[2]
+        if start == 0 and room == end:
+            self.stores, self._own = (keys, values), False
+        elif torch.is_grad_enabled():
             # Writing into the store would spoil what earlier steps saved for their gradients.
-            old = (store[:, :, :start] for store in self._stores)
-            self._stores = tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
+            old = (store[:, :, :start] for store in self.stores)
+            self.stores = tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
         else:
-            if self._stores[0].shape[2] < self.length or not self._own:
-                self._make_room(start)
-            for store, new in zip(self._stores, (keys, values), strict=True):
-                store[:, :, start : self.length] = new
-        return self.used
-
-    @property
-    def used(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions so far, [sentences, heads, positions, head_dim] each."""
-        keys, values = (store[:, :, : self.length] for store in self._stores)
-        return keys, values
+            if self.stores[0].shape[2] != room or not self._own:
+                self._make_room(start, room)
+            for store, new in zip(self.stores, (keys, values), strict=True):
+                store[:, :, start:end] = new
+        all_keys, all_values = self.stores
+        return all_keys, all_values
 
     def keep(self, sentences: Tensor) -> None:
-        """Let the stores of these sentences (or rows) stay, in this order; the used part is copied. [n] int64."""
-        used = self.used
-        if torch.is_grad_enabled() and any(store.requires_grad for store in used):
-            self._stores = tuple(store.index_select(0, sentences) for store in used)
-            return
-        fresh = tuple(torch.empty_like(store[: len(sentences)]) for store in self._stores)
-        for target, store in zip(fresh, used, strict=True):
-            torch.index_select(store, 0, sentences, out=target[:, :, : self.length])
-        self._stores, self._own = fresh, True
+        """Let the stores of these sentences (or rows) stay, in this order; they are copied. [n] int64."""
+        self.stores = tuple(store.index_select(0, sentences) for store in self.stores)
+        self._own = True
 
-    def crop(self, length: int) -> None:
-        """Forget all positions but the first `length`."""
-        self.length = min(self.length, length)
-        if self.length == 0:  # the next keys are kept as they are, whatever their number
-            self._stores, self._own = (), False
-
-    def _make_room(self, used: int) -> None:
-        rows, heads, _, width = self._stores[0].shape
-        room = max(16, 2 * self.length)
-        old = self._stores
-        # Keys lie in memory as the product with queries reads them.
-        keys = old[0].new_empty((rows, heads, width, room)).transpose(2, 3)
-        self._stores, self._own = (keys, old[1].new_empty((rows, heads, room, width))), True
-        for store, before in zip(self._stores, old, strict=True):
+    def _make_room(self, used: int, room: int) -> None:
+        rows, heads, _, width = self.stores[0].shape
+        old = self.stores
+        # Zeros, since nothing times what happens to be there must be nothing.
+        self.stores, self._own = tuple(store.new_zeros((rows, heads, room, width)) for store in old), True
+        for store, before in zip(self.stores, old, strict=True):
             store[:, :, :used] = before[:, :, :used]
 
 
@@ -217,16 +234,17 @@ class SelfAttention(nn.Module):
         x: Tensor,
         mask: Tensor | None = None,
         causal: bool = False,
-        cache: KeysValues | None = None,
         rotary: Rotary | None = None,
-        start: int = 0,
-        beam: int = 1,
+        cache: KeysValues | None = None,
+        ancestry: Ancestry | None = None,
     ) -> Tensor:
-        """Attend from x [rows, new, dim] to the positions in `cache` and to x; returns [rows, new, dim].
+        """Attend from x [rows, new, dim] to x and, if there is a `cache`, to the positions before it, which keeps them.
 
-        The `beam` rows of a sentence are one longer sequence; `mask` then says who sees what. start: positions so far.
+        `ancestry` has been extended by the new positions, and `mask` is what it returned: the rows of a sentence are
+        one longer sequence. Returns [rows, new, dim].
         """
         rows, new, dim = x.shape
+        beam, start = (ancestry.beam, ancestry.length - new) if ancestry is not None else (1, 0)
         joined: Tensor = self.joined(x)
         if rotary is None and (beam == 1 or new == 1):
             shape = (rows // beam, beam * new, 3, self.heads, dim // self.heads)
@@ -237,8 +255,8 @@ class SelfAttention(nn.Module):
                 query, key = rotary(query, start), rotary(key, start)
             query = _together(query, beam, row_by_row=True)
             key, value = _together(key, beam), _together(value, beam)
-        if cache is not None:
-            key, value = cache.append(key, value)
+        if cache is not None and ancestry is not None:
+            key, value = cache.append(key, value, start * beam, ancestry.room * beam)
         mixed = attend(query, key, value, mask, causal, self.dropout if self.training else 0.0)
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, new, dim))
         return output

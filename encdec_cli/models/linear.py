@@ -2,9 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+MUCH = 1 << 22
+"""From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs about a ms."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Map x [..., inputs] to [..., outputs] by weight [outputs, inputs] and bias [outputs]."""
+    # Measured with one thread on Zen 5, 640 rows, ms by torch / by oneDNN: 256 x 256 in fp32 0.87 / 0.38, in bf16
+    # 0.19 / 0.19; 256 x 1024 3.6 / 1.6 and 0.81 / 0.81; 256 x 8000 28 / 13 and 8.2 / 6.2. For fp32 torch calls MKL,
+    # which does not use the wide registers of processors of another maker.
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and _ONEDNN is not None and _is_large(x, weight):
+        product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+        return product
+    return F.linear(x, weight, bias)
+
+
+def _is_large(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.bfloat16) and x.numel() * len(weight) >= MUCH
+
+
+def _onednn() -> Any:
+    # A private interface of torch, used in this one place.
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+_ONEDNN = _onednn()
 
 
 class Linear(nn.Module):
@@ -24,4 +52,4 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)

@@ -40,23 +40,24 @@ class QuantisedLinear(nn.Module):
         # No buffers: what is packed for the processor is nothing that a state dict could hold.
         self._packed = _ops().qlinear_prepack(levels, None)
         self._zero = torch.zeros(len(weight), dtype=torch.int32)
-        self._bias = None if bias is None else bias.detach().float().clone()
+        self._bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., inputs] to [..., outputs], of x's type."""
         flat = x.reshape(-1, x.shape[-1])
-        scale = flat.abs().amax(1, keepdim=True).float().clamp_(min=_SMALLEST).div_(LEVELS)
-        levels = (flat / scale).round_().to(torch.int8)
+        # In the type of x, so that the last product is one of equal types; the levels make good what it is rounded by.
+        scale = flat.abs().amax(1, keepdim=True).clamp_(min=_SMALLEST).div_(LEVELS)
+        levels = flat.float().div_(scale.float()).round_().to(torch.int8)
         # The kernels of most processors want numbers without a sign: 128 more, which is then the zero point.
         unsigned = levels.view(torch.uint8).bitwise_xor_(128)
         products: Tensor = _ops().qlinear_pointwise(
             *(unsigned, 1.0, 128, self._packed, self._scale, self._zero, None),
-            *(1.0, 0, torch.float32, "none", [], ""),
+            *(1.0, 0, x.dtype, "none", [], ""),
         )
         products.mul_(scale)
         if self._bias is not None:
             products.add_(self._bias)
-        return products.to(x.dtype).view(*x.shape[:-1], -1)
+        return products.view(*x.shape[:-1], -1)
 
 
 @torch.inference_mode()

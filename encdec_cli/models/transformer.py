@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from encdec_cli.models.attention import Ancestry, CrossAttention, KeysValues, SelfAttention, mask_bias
 from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
-from encdec_cli.models.linear import Linear
+from encdec_cli.models.linear import Linear, linear
 from encdec_cli.models.model import Memory, Model
 from encdec_cli.models.positions import Learned, Rotary, Sinusoidal
 
@@ -79,7 +79,7 @@ class DecoderLayer(nn.Module):
         mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
         [rows, heads, new, src_len].
         """
-        cache, start, beam = state.caches[layer], state.length, state.ancestry.beam
+        cache, ancestry = state.caches[layer], state.ancestry
         keys, values = state.sources[layer]
 
         def look(y: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class DecoderLayer(nn.Module):
             mixed: Tensor = self.cross(y, keys, values, state.mask)
             return mixed
 
-        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, cache, rotary, start, beam))
+        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, rotary, cache, ancestry))
         x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
@@ -108,8 +108,11 @@ class TransformerState:
     """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
     mask: Tensor | None
     """What to add to scores of source positions, [sentences, 1, 1, src_len]; None if nothing is masked."""
-    length: int = 0
-    """Tokens so far."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far."""
+        return self.ancestry.length
 
     def reorder(self, rows: Tensor) -> None:
         """Let new row i continue old row rows[i]; see `State`. The source moves only if sentences do."""
@@ -129,10 +132,7 @@ class TransformerState:
 
     def crop(self, length: int) -> None:
         """Forget all tokens but the first `length` of every row."""
-        self.length = min(self.length, length)
         self.ancestry.crop(length)
-        for cache in self.caches:
-            cache.crop(length * self.ancestry.beam)
 
 
 class Transformer(Model):
@@ -263,18 +263,19 @@ class Transformer(Model):
 
     def _decoder_layer(self, number: int, x: Tensor, state: TransformerState, mask: Tensor | None) -> Tensor:
         layer = self.decoder[number]
-        if not (self.checkpointing and state.length == 0 and torch.is_grad_enabled()):
+        if not (self.checkpointing and state.length == x.shape[1] and torch.is_grad_enabled()):
             output: Tensor = layer(x, state, number, self.rotary, mask)
             return output
-        empty = replace(state, caches=[], sources=[])  # the state itself has changed when the layer is computed again
+        # The state itself may have changed when the layer is computed again.
+        empty = replace(state, caches=[], sources=[], ancestry=copy(state.ancestry))
 
         def compute(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
             fresh = replace(empty, caches=[KeysValues()], sources=[(keys, values)])
             output = layer(x, fresh, 0, self.rotary, mask)
-            return output, *fresh.caches[0].used
+            return output, *fresh.caches[0].stores
 
         x, keys, values = checkpointed(layer, compute, x, *state.sources[number])
-        state.caches[number].append(keys, values)
+        state.caches[number].append(keys, values, 0, keys.shape[2])
         return x
 
     def start(self, memory: Memory, beam: int = 1) -> TransformerState:
@@ -294,7 +295,6 @@ class Transformer(Model):
         mask = state.ancestry.extend(tokens.shape[1], x)
         for number in range(len(self.decoder)):
             x = self._decoder_layer(number, x, state, mask)
-        state.length += tokens.shape[1]
         hidden: Tensor = self.decoder_norm(x)
         return hidden
 
@@ -306,7 +306,6 @@ class Transformer(Model):
             seen: list[Tensor] = []
             x = layer(x, state, number, self.rotary, mask, seen)
             yield seen[0]
-        state.length += tokens.shape[1]
 
     def untie(self) -> None:
         """Give the output layer a copy of the target embedding, if it shares that."""
@@ -318,6 +317,6 @@ class Transformer(Model):
     def project(self, hidden: Tensor) -> Tensor:
         """Return logits [n, vocab] of hidden [n, dim], by the target embedding if it is tied."""
         if self.output is None:
-            return F.linear(hidden, self.target_embedding.weight)
+            return linear(hidden, self.target_embedding.weight)
         logits: Tensor = self.output(hidden)
         return logits
