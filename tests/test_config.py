@@ -633,9 +633,12 @@ def test_the_explained_recipe_loads_as_the_defaults(tmp_path):
 def test_the_commented_alternatives_are_recipes_too(tmp_path):
     blocks = re.findall(r"(?m)^(?:# (?:\w+:|  .*)\n)+", recipe.explain().replace("# task:\n", "\n# task:\n"))
     assert len(blocks) >= 3
+    needed = {"models": "[anything]", "monolingual": "[anything]", "corpus": "{name: files}"}
     for block in blocks:
         text = re.sub(r"(?m)^# ", "", block)
-        text = re.sub(r"(?m)^( *)# (\w+): \.\.\.  \(required\)$", r"\1\2: anything", text)
+        text = re.sub(
+            r"(?m)^( *)# (\w+): \.\.\.  \(required\)$", lambda m: f"{m[1]}{m[2]}: {needed.get(m[2], 'anything')}", text
+        )
         section = text.split(":")[0]
         path = tmp_path / "r.yaml"
         path.write_text(text, encoding="utf-8")

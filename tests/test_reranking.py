@@ -411,7 +411,7 @@ def test_evaluate_reranks_what_the_model_writes(copy_run, tmp_path):
 
 def test_rerankers_are_listed():
     done = encdec("list", "--json")
-    assert [row["name"] for row in json.loads(done.stdout)["rerankers"]] == ["mbr", "noisy_channel"]
+    assert [row["name"] for row in json.loads(done.stdout)["rerankers"]] == ["mbr", "noisy_channel", "oracle"]
 
 
 def test_the_reranker_of_the_page_works(tmp_path):

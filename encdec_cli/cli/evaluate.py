@@ -79,12 +79,10 @@ def evaluate(
     the numbers tell what is lost.
     """
     from encdec_cli.cli.models import model_or_default
-    from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.report import evaluate as judge
     from encdec_cli.registry import load_plugins
 
-    if as_json and score_only:
-        raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
+    _check_format(as_json, score_only)
     load_plugins(plugins := plugin or [])
     chosen = chosen_metrics(metric or ())
     lines = read_hypotheses(file)
@@ -98,9 +96,16 @@ def evaluate(
     outputs = _outputs(lines, reference or [], baseline, bundle, source)
     if bundle:
         _ask_model(bundle, outputs, source, chosen, rerank)
-    if model and precision.value != "fp32" and outputs.baseline is None:
-        outputs.baseline = _unrounded(_bundle(model, device, plugins), source, rerank)
+        if precision.value != "fp32":
+            _add_unrounded(outputs, model, device, plugins, source, rerank)
     _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
+
+
+def _check_format(as_json: bool, score_only: bool) -> None:
+    from encdec_cli.errors import UsageError
+
+    if as_json and score_only:
+        raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
 
 
 def _resampling(test: Test, score_only: bool, baseline: Path | None) -> Resampling:
@@ -267,12 +272,21 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
 
 
-def _unrounded(bundle: Bundle, source: Path | None, rerank: str | None) -> list[str]:
-    """Return what the model writes in fp32."""
+def _add_unrounded(
+    outputs: Outputs,
+    model: Path | None,
+    device: str,
+    plugins: Sequence[Path],
+    source: Path | None,
+    rerank: str | None,
+) -> None:
+    """Let the model write in fp32 what the baseline is, unless there is one."""
     from encdec_cli.cli import console
 
-    console.say("baseline: the same model in fp32")
-    return write_hypotheses(bundle, _examples(bundle, source), rerank)
+    if model is not None and outputs.baseline is None:
+        console.say("baseline: the same model in fp32")
+        bundle = _bundle(model, device, plugins)
+        outputs.baseline = write_hypotheses(bundle, _examples(bundle, source), rerank)
 
 
 def write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
