@@ -29,7 +29,7 @@ def _is_large(x: Tensor, weight: Tensor) -> bool:
 
 def _onednn() -> Any:
     # A private interface of torch, used in this one place.
-    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    return torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
 _ONEDNN = _onednn()
