@@ -63,7 +63,7 @@ def test_padding_is_nothing_to_learn_and_the_teacher_learns_nothing(batch):
         alone = collate([sources], [targets], [row])
         read = (alone.source, alone.source_mask, alone.known_target[:, :-1])
         logits = [model.project(model(*read)[0]) for model in (student, teacher)]
-        expected = expected + textbook(*logits, alone.known_target[0, 1:], 0.1, None, 0.4, 2.0)
+        expected = expected + textbook(*logits, alone.known_target[0, 1:], 0.1, 0.4, 2.0)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(torch.autograd.grad(ours, parameters), torch.autograd.grad(expected, parameters))
 
