@@ -105,6 +105,18 @@ class Train:
             raise ValueError(f"label_smoothing ({self.label_smoothing}) must be at least 0 and below 1")
 
 
+@dataclass
+class Parallel:
+    """How the processes that `torchrun` starts share the work; one process alone needs none of it."""
+
+    timeout: float = 20.0
+    """Seconds after which a process that is dead, stopped or late is named and given up by the others."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError(f"timeout ({self.timeout}) must be above 0")
+
+
 def _at_least(least: int, **values: float) -> None:
     wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
     if wrong:
@@ -127,13 +139,15 @@ class Recipe:
     """The encoder and the decoder."""
     train: Train = field(default_factory=Train)
     """How the model learns, and how often its progress is judged and saved."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """How the processes that `torchrun` starts share the work; one process alone needs none of it."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
     """The plugin files that were run for this recipe."""
 
 
-SECTIONS = ("plugins", "task", "data", "text", "model", "train", "decoding")
+SECTIONS = ("plugins", "task", "data", "text", "model", "train", "parallel", "decoding")
 """The top-level keys of a recipe, in the order in which it is read and written."""
 
 DATA_SECTIONS = ("task", "data", "text")

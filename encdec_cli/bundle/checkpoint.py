@@ -90,7 +90,7 @@ def models(folder: Path) -> set[str]:
         try:
             progress = _progress(folder / step_name(step))[0]
         except BundleError:
-            continue  # `load_newest` says so when the time comes
+            continue  # `newest` says so when the time comes
         wanted |= {progress.model, *map(step_name, progress.kept)}
     return wanted - {""}
 
@@ -101,7 +101,7 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
         try:
             return _progress(folder / step_name(step))[1]
         except BundleError:
-            continue  # `load_newest` says so when the time comes
+            continue  # `newest` says so when the time comes
     return None
 
 
@@ -112,8 +112,8 @@ def recover(folder: Path) -> None:
             atomic.recover(folder / name)
 
 
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None if there was never one.
+def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
+    """Return the update of the newest checkpoint that is whole, or None if there was never one.
 
     Damaged ones that are newer are deleted, so that no later clean-up takes them for the newest; `warn` is given
     a sentence for each. Call it under the lock of the run.
@@ -131,10 +131,10 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             reasons.append(str(error))
             warn(f"checkpoint {path.name} is passed over: {error}")
             continue
-        whole = _read(path)
+        _progress(path)
         for damaged in found[len(found) - len(reasons) :]:
             atomic.remove_folder(folder / step_name(damaged))
-        return whole
+        return step
     if found:
         raise BundleError(
             f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
@@ -142,7 +142,9 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _read(path: Path) -> Checkpoint:
+def read(folder: Path, step: int) -> Checkpoint:
+    """Return a checkpoint that is whole. Raises BundleError that names the file which cannot be read."""
+    path = folder / step_name(step)
     progress, facts = _progress(path)
     return Checkpoint(progress, tensors.read_tensors(path / _STATE), facts)
 

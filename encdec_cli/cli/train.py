@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -55,34 +57,62 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
-    from encdec_cli.cli.progress import TrainingProgress
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
-    from encdec_cli.training.data import prepared_data
+    from encdec_cli.training.data import shared_data
+    from encdec_cli.training.distributed import joined, shared_cores
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
     try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
-    use_threads(recipe.train.threads)
+    use_threads(recipe.train.threads, shared_cores())
     start = Bundle.load(init_from, device) if init_from else None
-    with locked(run), watched() as stop:
-        data, _ = prepared_data(recipe, run, console.say)
-        trainer = Trainer(Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start))
-        step, steps = trainer.progress.step, recipe.train.steps
-        if dry_run:
-            console.say(_dry_run(trainer))
-        elif trainer.progress.finished:
-            console.say(
-                f"nothing to do: {run} has finished its {step} updates; raise train.steps to go on, "
-                "or choose another --output to start anew"
-            )
-        else:
-            with console.progress("training", steps, step) as bar:
-                trainer.run(TrainingProgress(bar, steps, step).progress)
-            console.say(f"model: {run}")
+    with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
+        say = console.say if ranks.first else _say_nothing
+        with locked(run) if ranks.first else _quiet():
+            data = shared_data(recipe, run, say, ranks)
+            trainer = Trainer(Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks))
+            if dry_run:
+                say(_dry_run(trainer))
+            else:
+                _run(trainer, recipe.train.steps)
+
+
+def _run(trainer: Trainer, steps: int) -> None:
+    from encdec_cli.cli import console
+    from encdec_cli.cli.progress import TrainingProgress
+
+    setting, step = trainer.setting, trainer.progress.step
+    if trainer.progress.finished:
+        setting.say(
+            f"nothing to do: {setting.run} has finished its {step} updates; raise train.steps to go on, "
+            "or choose another --output to start anew"
+        )
+        return
+    if not setting.ranks.first:
+        trainer.run(lambda *_: None)
+        return
+    with console.progress("training", steps, step) as bar:
+        trainer.run(TrainingProgress(bar, steps, step).progress)
+    setting.say(f"model: {setting.run}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave without words for what all processes know: the first one says it."""
+    from encdec_cli.errors import NonFiniteError, StoppedError, UsageError
+
+    try:
+        yield
+    except (NonFiniteError, StoppedError, UsageError) as error:
+        raise typer.Exit(error.code) from error
+
+
+def _say_nothing(_sentence: str) -> None:
+    """Stand in for `say` in all processes but the first."""
 
 
 def _dry_run(trainer: Trainer) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -78,6 +78,13 @@ class Optimizer:
                 weight.gradient = gradient.to(torch.float32, copy=True)  # it may share its memory
             else:
                 weight.gradient += gradient
+
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield the collected gradient of each parameter, to be changed in place; zeros where there is none."""
+        for weight in self._weights:
+            if weight.gradient is None:
+                weight.gradient = torch.zeros_like(weight.master)
+            yield weight.gradient
 
     @torch.no_grad()
     def clip(self, limit: float = 0.0) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
 from encdec_cli.training.clock import Clock
+from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
@@ -36,6 +37,7 @@ from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation
 
+T = TypeVar("T")
 Show = Callable[[int, float, int, "float | None"], None]
 """Is told of each update: its number, loss per target token, target tokens, and the best validation score."""
 
@@ -53,6 +55,8 @@ class Setting:
     """Is given sentences for the user."""
     plugins: Sequence[Plugin] = ()
     init_from: Bundle | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together."""
 
 
 class Trainer:
@@ -60,6 +64,7 @@ class Trainer:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self.ranks = setting.ranks
         self.train: Train = setting.recipe.train
         self.run_folder = setting.run
         self.progress = Progress()
@@ -78,10 +83,11 @@ class Trainer:
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
+        self._check_share()
         objective = make_objective(self.train)
         self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
-        self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
+        self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
@@ -103,14 +109,16 @@ class Trainer:
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
-            if self._is_over():
+            stop = self.ranks.total(f"update {progress.step}", bool(self.setting.stop)) > 0
+            over = not stop and self._is_over()
+            if over:
                 self._finish()
-            if self._unsaved and (self._must_save() or self.setting.stop):
+            if self._unsaved and (self._must_save() or stop):
                 self._save()
-            if self.setting.stop:
+            if stop:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
-            if not progress.finished:
+            if not over:
                 self._update(next(updates), show)
 
     def _check_positions(self) -> None:
@@ -123,6 +131,17 @@ class Trainer:
                 f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
                 "it, or lower text.max_source and text.max_target."
             )
+
+    def _check_share(self) -> None:
+        """Every process must have a part of every update; equal parts are best."""
+        parts, world = self.train.accumulate, self.ranks.world
+        if parts < world:
+            raise UsageError(
+                f"train.accumulate: {world} processes cannot share an update of {parts} micro-batches; it must be a "
+                f"multiple of {world}, with a smaller train.tokens if the update is to stay as large as it was."
+            )
+        if parts % world:
+            self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
 
     def try_largest(self) -> tuple[int, int]:
         """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
@@ -151,21 +170,22 @@ class Trainer:
         return self._due(self.train.save_every) or progress.finished or progress.validated == progress.step
 
     def _is_over(self) -> bool:
-        if self.setting.stop:
-            return False
         patience = self.train.patience
         return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
 
     def _update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
-        loaded = [self._load(rows) for rows in batches]
+        numbers = self.ranks.share(range(len(batches)))
+        loaded = [self._load(batches[number]) for number in numbers]
         tokens = sum(int(self.store.target_lengths[rows].sum()) + len(rows) for rows in batches)  # EOS counts
         loss = 0.0
         # A seed of its own for each update: no random state has to be saved.
-        for part, gradient in self.gradients.of(loaded, 1 / tokens, self.train.seed * 1_000_003 + step):
+        for part, gradient in self.gradients.of(loaded, 1 / tokens, self.train.seed * 1_000_003 + step, numbers):
             self.optimizer.collect(gradient)
             loss += part
+        loss = self.ranks.total(f"update {step}", loss)
+        self.ranks.sum(f"update {step}", self.optimizer.gradients())
         norm = self.optimizer.clip(self.train.clip)
         self._check_finite(loss, norm, step, batches)
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
@@ -202,7 +222,20 @@ class Trainer:
         progress.loss, progress.loss_tokens = 0.0, 0
 
     def _validate(self) -> None:
-        self._unsaved |= self.keeper.judge(self.bundle, self.progress, self._weights)
+        def judge() -> bool:
+            return self.keeper.judge(self.bundle, self.progress, self._weights)
+
+        self._unsaved |= self._let_first("the validation", judge)
+
+    def _let_first(self, what: str, work: Callable[[], T]) -> T:
+        """Let the first process do what reads or writes the run's files; what it makes of `Progress` is then all's."""
+
+        def done() -> tuple[T, dict[str, Any]]:
+            return work(), asdict(self.progress)
+
+        result, progress = self.ranks.first_does(f"{what} after update {self.progress.step}", done)
+        vars(self.progress).update(progress)
+        return result
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights at full precision: those of the optimizer, and buffers as the model has them."""
@@ -213,39 +246,56 @@ class Trainer:
         return state | self.optimizer.masters()
 
     def _finish(self) -> None:
-        if self.keeper.finish(self.bundle, self.progress, self._weights):
+        def finish() -> bool:
+            return self.keeper.finish(self.bundle, self.progress, self._weights)
+
+        if self._let_first("the end of training", finish):
             self._unsaved = self.progress.finished = True
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
+        if self.ranks.first:
+            self.log.write(self.progress.step, event, fields, self.clock.fields(self.progress.tokens))
         self.progress.log_lines += 1
 
     def _save(self) -> None:
         state = self.optimizer.state() | {
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
-        self.log.sync()
-        checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
+
+        def save() -> None:
+            self.log.sync()
+            checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
+            self.keeper.publish(self.progress)
+
+        self._let_first("the checkpoint", save)
         self._unsaved = False
-        self.keeper.publish(self.progress)
 
     def _resume(self) -> None:
-        for folder in (self.checkpoints, self.keeper.folder):
-            checkpoint.recover(folder)
-        recover(self.run_folder)
-        say = self.setting.say
-        found = checkpoint.load_newest(self.checkpoints, say)
-        if found is None:
-            self.log.keep(0)
+        step = self._let_first("the start", self._recover)
+        if step is None:
             return
-        resume.check(found.facts, self.facts, self.run_folder, say)
-        self.log.keep(found.progress.log_lines)
+        found = checkpoint.read(self.checkpoints, step)
+        resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
         self.progress = found.progress
         self.progress.finished = found.progress.finished and self._is_over()
-        self.keeper.forget_lost(self.progress)
-        self.keeper.publish(self.progress)
+        self._let_first("the start", self._go_on)
         buffers = {n.removeprefix("buffer."): t for n, t in found.tensors.items() if n.startswith("buffer.")}
         self.model.load_state_dict(buffers, strict=False)
         self.optimizer.load({n: t for n, t in found.tensors.items() if not n.startswith("buffer.")})
         if not self.progress.finished:
-            say(f"going on from update {self.progress.step} of {self.train.steps}")
+            self.setting.say(f"going on from update {self.progress.step} of {self.train.steps}")
+
+    def _recover(self) -> int | None:
+        """Bring the folder in order; return the update of the newest whole checkpoint."""
+        for folder in (self.checkpoints, self.keeper.folder):
+            checkpoint.recover(folder)
+        recover(self.run_folder)
+        step = checkpoint.newest(self.checkpoints, self.setting.say)
+        if step is None:
+            self.log.keep(0)
+        return step
+
+    def _go_on(self) -> None:
+        self.log.keep(self.progress.log_lines)
+        self.keeper.forget_lost(self.progress)
+        self.keeper.publish(self.progress)

@@ -1,0 +1,199 @@
+"""The processes of one run: what each computes of an update, sums over all, and what the first does for all.
+
+Nothing here starts processes: `torchrun` does, and tells each its number by RANK, WORLD_SIZE and LOCAL_RANK.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from encdec_cli.errors import EncdecError, ResourceError, UsageError
+from encdec_cli.training.rollcall import RollCall
+
+T = TypeVar("T")
+
+BUCKET = 1 << 24
+"""Numbers that are summed in one message: 64 MB of fp32."""
+_POLL = 0.01
+"""Seconds between two looks for what another process is to write."""
+
+
+class Ranks:
+    """The processes of a run; alone, one process is the first, gets all of an update, and its sums are its own.
+
+    Every process calls the same methods in the same order. While one waits for others its roll call watches them:
+    who is dead, stopped or late is named, and this process leaves.
+
+    Args:
+        rank: the number of this process.
+        world: how many there are.
+        roll: who is there; None for one process alone.
+    """
+
+    def __init__(self, rank: int = 0, world: int = 1, roll: RollCall | None = None) -> None:
+        self.rank = rank
+        self.world = world
+        self._roll = roll
+        self._told = 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prepares, validates, writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return this process's part of the micro-batches of an update: every `world`-th, from its own number on."""
+        return items[self.rank :: self.world]
+
+    def sum(self, what: str, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over all processes; all of one type and device, in buckets.
+
+        The order of the addends depends on the number of processes alone. One process alone does not even ask for
+        the tensors.
+        """
+        if self._roll is None:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            with self._roll.waiting(what):
+                dist.all_reduce(flat)
+            for tensor, total in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
+                tensor.copy_(total.view_as(tensor))
+
+    def total(self, what: str, value: float) -> float:
+        """Return the sum of a number over all processes."""
+        if self._roll is None:
+            return value
+        number = torch.tensor([value], dtype=torch.float64)  # on the CPU, so by gloo
+        self.sum(what, [number])
+        return float(number)
+
+    def first_does(self, what: str, work: Callable[[], T]) -> T:
+        """Let the first process alone do `work`, however long it takes; return its result, plain JSON, to all.
+
+        The others wait at the store, not in a collective, for as long as the first shows that it lives.
+        """
+        if self._roll is None:
+            return work()
+        self._told += 1
+        key = f"told/{self._told}"
+        if self.first:
+            self._roll.arrive(what)
+            result = work()
+            self._roll.store.set(key, json.dumps(result))
+            return result
+        self._await(self._roll, what, [key])
+        told: T = json.loads(self._roll.store.get(key))
+        return told
+
+    def meet(self, what: str) -> None:
+        """Wait until every process has come here, however long each takes."""
+        if self._roll is None:
+            return
+        self._told += 1
+        self._roll.store.set(f"met/{self._told}/{self.rank}", "")
+        self._await(self._roll, what, [f"met/{self._told}/{rank}" for rank in range(self.world)])
+
+    @staticmethod
+    def _await(roll: RollCall, what: str, keys: list[str]) -> None:
+        with roll.waiting(what, patient=True):
+            while not roll.store.check(keys):
+                roll.check_lost()
+                time.sleep(_POLL)
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]) -> Iterator[tuple[Ranks, str]]:
+    """Meet the other processes that `torchrun` has started; give the ranks, and the device of this process.
+
+    Without `torchrun` this process is alone.
+
+    Args:
+        device: `cuda` becomes `cuda:<number of this process on its machine>`.
+        timeout: seconds after which a process that is dead, stopped or late is given up.
+        leave: ends this process with an error, from a thread: the main one may hang in a call of a library.
+
+    Raises:
+        ResourceError: naming the processes that did not come, or are lost.
+    """
+    world = _number("WORLD_SIZE", 1)
+    if world == 1:
+        yield Ranks(), device
+        return
+    rank, local = _number("RANK", 0), _number("LOCAL_RANK", 0)
+    if device == "cuda":
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    with _roll_call(rank, world, timeout, leave) as roll:
+        ranks = Ranks(rank, world, roll)
+        ranks.meet("the start")
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "cpu:gloo"
+        # The roll call gives up first: it can say who is missing.
+        limit = timedelta(seconds=3 * timeout)
+        group = PrefixStore("group", roll.store)
+        with roll.waiting("the start"):
+            dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=limit)
+        yield ranks, device
+        # Not in the case of an error: to leave a group in order, others would have to take part.
+        ranks.meet("the end")
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _roll_call(rank: int, world: int, timeout: float, leave: Callable[[EncdecError], NoReturn]) -> Iterator[RollCall]:
+    host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 0)
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store itself
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+    def connected(serving: bool) -> Store:
+        limit = timedelta(seconds=timeout)
+        store = TCPStore(host, port, None, serving, limit, wait_for_workers=False)
+        return PrefixStore(f"encdec/{attempt}", store)
+
+    serving = rank == 0 and not agent
+    try:
+        roll = RollCall(connected(serving), connected(False), rank, world, timeout)
+    except RuntimeError as error:
+        reason = str(error).split("\n")[0]
+        raise ResourceError(
+            f"process {rank}: no meeting at {host}:{port}, MASTER_ADDR and MASTER_PORT ({reason}); start all by "
+            "torchrun, with an address that every machine can reach."
+        ) from error
+    with roll.called(leave, serving):
+        yield roll
+
+
+def _number(name: str, otherwise: int) -> int:
+    value = os.environ.get(name, str(otherwise))
+    if not value.isdecimal():
+        raise UsageError(f"{name}={value}: expected a number, as torchrun sets it.")
+    return int(value)
+
+
+def shared_cores() -> int:
+    """Return how many processes share the cores of this machine."""
+    return max(1, _number("LOCAL_WORLD_SIZE", 1))

@@ -1,0 +1,185 @@
+"""Who of several processes is there: beats in a store, and the name of the one that is dead, stopped or late."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from encdec_cli.errors import EncdecError, ResourceError
+
+_LAST_WORDS = 3.0
+"""Seconds for which the process that holds the store stays, so that others hear why it leaves."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a process last said of itself."""
+
+    number: int = -1
+    """Counts the beats; -1 before the first."""
+    point: int = -1
+    """Counts the places where processes wait for each other; the same in all of them at the same place."""
+    where: str = "nothing yet"
+    """Words for that place."""
+
+
+class RollCall:
+    """Writes this process's beat to the store from a thread, and reads the others' after a long wait for them.
+
+    A process is lost if its beat stands still (killed, stopped, or its machine is gone) or, where all must come in
+    time, if it has not come after `timeout` seconds, though it lives.
+
+    Args:
+        store: where the processes meet.
+        own: another connection to it for the thread: one that waits for an answer would hold up the other.
+        rank: the number of this process.
+        world: how many there are.
+        timeout: in seconds.
+    """
+
+    def __init__(self, store: Store, own: Store, rank: int, world: int, timeout: float) -> None:
+        self.store = store
+        self._own = own
+        self.rank = rank
+        self.world = world
+        self.timeout = timeout
+        self._interval = min(1.0, timeout / 10)
+        self._point, self._where = 0, "the start"
+        self._since: float | None = None
+        self._patient = False
+        self._ended = threading.Event()
+
+    @contextmanager
+    def called(self, leave: Callable[[EncdecError], NoReturn], serving: bool) -> Iterator[None]:
+        """Beat inside the block. An error that leaves it is told to the others.
+
+        leave: ends the process; called from the thread. serving: whether the store ends with this process.
+        """
+        thread = threading.Thread(target=self._beat, args=(leave,), daemon=True)
+        thread.start()
+        try:
+            yield
+        except BaseException as error:
+            words = str(error) if isinstance(error, EncdecError) else f"{type(error).__name__}: {error}"
+            self._try_set("lost", f"process {self.rank} left at {self._where}: {words}")
+            raise
+        finally:
+            self._ended.set()
+            thread.join()
+            self._try_set(f"bye/{self.rank}", "")
+            if serving:
+                self._stay()
+
+    def arrive(self, where: str) -> None:
+        """Note that this process is at a place where others wait, or are waited for."""
+        self._point, self._where = self._point + 1, where
+
+    @contextmanager
+    def waiting(self, where: str, patient: bool = False) -> Iterator[None]:
+        """Wait for the others inside the block; patient: for as long as they live.
+
+        An error of the communication becomes a ResourceError that names the lost process.
+        """
+        self.arrive(where)
+        self._patient, self._since = patient, time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._broken(_first_line(error)) from error
+        finally:
+            self._since = None
+
+    def check_lost(self) -> None:
+        """Raise ResourceError if another process has said that it leaves."""
+        if self.store.check(["lost"]):
+            raise ResourceError(f"process {self.rank} leaves at {self._where}: {self.store.get('lost').decode()}")
+
+    def _beat(self, leave: Callable[[EncdecError], NoReturn]) -> None:
+        count, early = 0, None
+        try:
+            while not self._ended.wait(self._interval):
+                count += 1
+                self._own.set(f"at/{self.rank}", f"{count}|{self._point}|{self._where}")
+                since = self._since
+                waited = time.monotonic() - since if since is not None else 0.0
+                if waited < self.timeout / 2:
+                    early = None
+                elif early is None:
+                    early = self._look()
+                elif waited >= self.timeout:
+                    self._judge(early, leave)
+                    early = self._look()
+        except RuntimeError as error:
+            if not self._ended.is_set():
+                leave(self._broken(_first_line(error)))
+
+    def _judge(self, early: list[Beat], leave: Callable[[EncdecError], NoReturn]) -> None:
+        late = self._look()
+        lost = self._silent(early, late)
+        if lost is None and not self._patient:
+            others = [rank for rank in range(self.world) if late[rank].point < self._point]
+            lost = self._named(others, late, f"lives, but did not come within {self.timeout:g} s")
+        if lost is not None and self._since is not None:
+            leave(lost)
+
+    def _look(self) -> list[Beat]:
+        beats = []
+        for rank in range(self.world):
+            key = f"at/{rank}"
+            if self._own.check([key]):
+                number, point, where = self._own.get(key).decode().split("|", 2)
+                beats.append(Beat(int(number), int(point), where))
+            else:
+                beats.append(Beat())
+        return beats
+
+    def _silent(self, early: list[Beat], late: list[Beat]) -> ResourceError | None:
+        """Return the error that names who has not beaten between two looks."""
+        others = [rank for rank in range(self.world) if rank != self.rank and early[rank].number == late[rank].number]
+        return self._named(others, late, "gives no sign of life")
+
+    def _named(self, ranks: list[int], beats: list[Beat], what: str) -> ResourceError | None:
+        if not ranks:
+            return None
+        return self._leaving("; ".join(f"process {rank}, last at {beats[rank].where}, {what}" for rank in ranks))
+
+    def _leaving(self, why: str) -> ResourceError:
+        return ResourceError(
+            f"process {self.rank} leaves at {self._where}: {why}; the last checkpoint is good: start all processes "
+            "again, with a greater parallel.timeout if one was only slow."
+        )
+
+    def _broken(self, reason: str) -> ResourceError:
+        """Return what a broken connection means: the sentence of who left, or the name of who is silent."""
+        try:
+            self.check_lost()
+            early = self._look()
+            time.sleep(3 * self._interval)
+            self.check_lost()
+            return self._silent(early, self._look()) or self._leaving(reason)
+        except ResourceError as error:
+            return error
+        except RuntimeError as error:
+            return self._leaving(f"process 0, which holds the store, is gone ({_first_line(error)})")
+
+    def _try_set(self, key: str, value: str) -> None:
+        try:
+            self.store.set(key, value)
+        except RuntimeError:
+            return  # the store is gone: nobody is there to hear it
+
+    def _stay(self) -> None:
+        keys = [f"bye/{rank}" for rank in range(self.world)]
+        deadline = time.monotonic() + _LAST_WORDS
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(self._interval / 10)
+
+
+def _first_line(error: RuntimeError) -> str:
+    return str(error).split("\n")[0].rstrip(".")

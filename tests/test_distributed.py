@@ -1,0 +1,287 @@
+"""Several processes train one model: what they share, who is missed, and what another number of them goes on with."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from encdec_cli.data.sampler import Sampler
+from encdec_cli.training.distributed import Ranks
+from tests.conftest import copy_task, environment
+from tests.forked import Command
+from tests.test_resume import fingerprint
+
+SMALL = ("train.precision=fp32", "train.steps=24", "train.save_every=6", "train.validate_every=12", "train.log_every=4")
+TWO = (*SMALL, "train.accumulate=2")
+FAULTY = '''\
+"""A Transformer with which a process may come to harm, at a given call of its encoder."""
+
+import os
+import signal
+import time
+
+from encdec_cli.models.transformer import Transformer
+from encdec_cli.registry import models
+
+
+@models.register("faulty")
+class Faulty(Transformer):
+    side_by_side = False
+    calls = 0
+
+    class Config(Transformer.Config):
+        pass
+
+    def encode(self, source, mask):
+        Faulty.calls += self.training
+        rank, call, harm = os.environ["FAULT"].split(":")
+        if os.environ["RANK"] == rank and Faulty.calls == int(call):
+            if harm == "raise":
+                raise ValueError("harmed")
+            if harm == "memory":
+                raise RuntimeError("can't allocate memory")
+            if harm == "sleep":
+                time.sleep(1000)
+            os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
+        return super().encode(source, mask)
+'''
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def launch(forks, world: int, *arguments: str | Path, **changes: str) -> list[Command]:
+    """Start `encdec train` as torchrun would, but for its agent: the first process holds the store."""
+    port = str(free_port())
+    where = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        forks.start("train", *arguments, **where, RANK=str(rank), LOCAL_RANK=str(rank), **changes)
+        for rank in range(world)
+    ]
+
+
+def trained(forks, world: int, *arguments: str | Path, **changes: str) -> list[Command]:
+    commands = launch(forks, world, *arguments, **changes)
+    for command in commands:
+        assert command.wait() == 0, command.stderr
+    return commands
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return copy_task(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def alone(forks, corpus, tmp_path_factory):
+    """The folder of a run of one process, with two micro-batches an update."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    done = forks("train", corpus, *TWO, "--output", run)
+    assert done.wait() == 0, done.stderr
+    return run
+
+
+def torchrun(world: int, *arguments: str | Path, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(world), *options]
+    command += ["--master-port", str(free_port()), "-m", "encdec_cli", "train", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_two_processes_by_torchrun_learn_the_bytes_of_one(alone, corpus, tmp_path):
+    done = torchrun(2, corpus, *TWO, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("model:") == 1  # one speaks for all
+    ours, theirs = fingerprint(tmp_path / "run"), fingerprint(alone)
+    assert ours["log"] == theirs["log"]
+    assert ours["files"]["bundle"] == theirs["files"]["bundle"]
+    assert ours["files"]["data"] == theirs["files"]["data"]
+
+
+def test_two_then_one_then_two_go_on_where_the_others_stood(forks, alone, corpus, tmp_path):
+    run = tmp_path / "run"
+    for world, steps in ((2, 7), (1, 13), (2, 24)):
+        told = trained(forks, world, corpus, *TWO, f"train.steps={steps}", "--output", run)
+        if steps > 7:
+            was = 1 if world == 2 else 2
+            assert f"processes was {was}, is now {world}; the weights will not be bit-identical" in told[0].stderr
+    # Of two addends there is but one sum: here even the bits are equal, though nothing is promised.
+    assert_same(run, alone)
+
+
+def masters(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = max((run / "checkpoints").iterdir())
+    return safetensors.torch.load_file(checkpoint / "state.safetensors")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Assert that two runs have ended with the same weights and the same state of the optimizer."""
+    ours, theirs = masters(run), masters(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+def test_the_gradient_of_an_update_does_not_depend_on_who_shares_it(forks, corpus, tmp_path, world):
+    # The first moment after one update is a tenth of its gradient; a decay of the rate to nothing keeps the weights.
+    options = (*SMALL, "train.accumulate=5", "train.steps=1", "train.betas=[0.9,0.9]", "train.clip=0")
+    trained(forks, 1, corpus, *options, "--output", tmp_path / "one")
+    trained(forks, world, corpus, *options, "--output", tmp_path / "more")
+    again = tmp_path / "again"
+    trained(forks, world, corpus, *options, "--output", again)
+    one, more = masters(tmp_path / "one"), masters(tmp_path / "more")
+    assert one.keys() == more.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(more[name], value, rtol=1e-4, atol=1e-7)
+    assert all(torch.equal(value, more[name]) for name, value in masters(again).items())  # a rerun is exact
+
+
+def order(ranks: list[Ranks], plan: Sampler, step: int, updates: int, accumulate: int) -> list[list[int]]:
+    """The examples of some updates, put together from the shares of all processes."""
+    taken = []
+    for update in itertools.islice(plan.updates(step, accumulate), updates):
+        shares = [one.share(range(len(update))) for one in ranks]
+        assert all(shares)  # nobody waits for nothing
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        whole = sorted(itertools.chain(*shares))
+        assert whole == list(range(accumulate))
+        taken += [update[number].tolist() for number in whole]
+    return taken
+
+
+def test_uneven_data_every_example_once_an_epoch_and_no_process_without_work():
+    random = np.random.default_rng(1)
+    for count in range(1, 51):
+        lengths = random.integers(1, 20, (2, count))
+        straight: dict[int, list[list[int]]] = {}
+        for world in (1, 2, 3, 4):
+            plan = Sampler(*lengths, 64, "data", 1)
+            updates = 3 * len(plan)
+            taken = order([Ranks(rank, world) for rank in range(world)], plan, 0, updates, 4)
+            assert straight.setdefault(4, taken) == taken
+            for epoch in range(12):
+                batches = taken[epoch * len(plan) : (epoch + 1) * len(plan)]
+                assert sorted(itertools.chain(*batches)) == list(range(count))
+            for step in range(0, updates, 5):
+                rest = order([Ranks(rank, world) for rank in range(world)], plan, step, 1, 4)
+                assert rest == taken[4 * step : 4 * step + 4]
+
+
+@pytest.mark.slow
+def test_one_example_for_two_processes(forks, tmp_path):
+    recipe = copy_task(tmp_path / "corpus", train=1)
+    trained(forks, 2, recipe, *TWO, "--output", tmp_path / "run")
+
+
+def test_an_update_that_cannot_be_shared_is_refused_once(forks, corpus, tmp_path):
+    commands = launch(forks, 2, corpus, *SMALL, "--output", tmp_path / "run")
+    assert [command.wait() for command in commands] == [2, 2]
+    assert "train.accumulate: 2 processes cannot share an update of 1" in commands[0].stderr
+    assert commands[1].stderr == ""
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_signal_to_any_process_saves_and_stops_all(forks, alone, corpus, tmp_path, told):
+    run = tmp_path / "run"
+    options = (*TWO, "train.save_every=1000", "--output", run)
+    commands = launch(forks, 2, corpus, *options)
+    wait_for(run / "log.jsonl")
+    commands[told].send(signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143], [command.stderr for command in commands]
+    assert "saved at update" in commands[0].stderr
+    assert commands[1].stderr == ""
+    trained(forks, 2, corpus, *options)
+    assert_same(run, alone)
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+HARMS = {
+    "kill": "gives no sign of life",
+    "stop": "gives no sign of life",
+    "sleep": "lives, but did not come within 2 s",
+    "raise": "ValueError: harmed",
+    "memory": "can't allocate memory",
+}
+SLOW = pytest.mark.slow
+CASES = [
+    *(("kill", 0, 9), ("kill", 1, 9), ("stop", 1, 9), ("sleep", 1, 9), ("raise", 1, 9)),
+    *(pytest.param(harm, rank, call, marks=SLOW) for harm in HARMS for rank in (0, 1) for call in (1, 9, 12, 24)),
+]
+
+
+@pytest.mark.parametrize(("harm", "rank", "call"), CASES)
+def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corpus, tmp_path, harm, rank, call):
+    plugin, run = tmp_path / "faulty.py", tmp_path / "run"
+    plugin.write_text(FAULTY)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(corpus.read_text().replace("name: transformer", "name: faulty"))
+    options = (recipe, *TWO, "parallel.timeout=2", "--plugin", plugin, "--output", run)
+    commands = launch(forks, 2, *options, FAULT=f"{rank}:{call}:{harm}")
+    other = commands[1 - rank]
+    began = time.monotonic()
+    assert other.wait(60) == 6, other.stderr
+    left = other.stderr.rstrip("\n").split("\n")[-1]
+    if harm == "kill" and rank == 0:
+        assert "process 0, which holds the store, is gone" in left or "process 0, last at update" in left
+    else:
+        assert f"process {rank}" in left
+        assert HARMS[harm] in left
+    assert re.search(r"process 1 leaves at|process 0 leaves at", left)
+    assert "Traceback" not in other.stderr
+    assert time.monotonic() - began < 30
+    os.kill(commands[rank].pid, signal.SIGKILL) if harm in ("stop", "sleep") else None
+    commands[rank].wait()
+    trained(forks, 2, *options, FAULT="0:-1:raise")
+    assert_same(run, alone)
+
+
+@pytest.mark.slow
+def test_torchrun_starts_all_again_and_the_run_is_exact(alone, corpus, tmp_path):
+    plugin, run = tmp_path / "faulty.py", tmp_path / "run"
+    once = "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and "
+    plugin.write_text(FAULTY.replace('os.environ["FAULT"]', '"1:9:kill"').replace("        if ", f"        {once}", 1))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(corpus.read_text().replace("name: transformer", "name: faulty"))
+    done = torchrun(2, recipe, *TWO, "--plugin", plugin, "--output", run, options=("--max-restarts", "2"))
+    assert done.returncode == 0, done.stderr
+    assert "going on from update 6" in done.stderr
+    assert_same(run, alone)
+
+
+def test_a_process_that_never_comes_is_named(forks, corpus, tmp_path):
+    port = str(free_port())
+    where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": "0", "LOCAL_RANK": "0"}
+    done = forks("train", corpus, *TWO, "parallel.timeout=1", "--output", tmp_path / "run", **where)
+    assert done.wait() == 6
+    assert "process 1, last at nothing yet, gives no sign of life" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_note_of_the_log_counts_tokens_of_all(alone, forks, corpus, tmp_path):
+    trained(forks, 2, corpus, *TWO, "train.validate_every=0", "--output", tmp_path / "run")
+    ours = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (alone / "log.jsonl").read_text().splitlines()]
+    trains = [{**line, "clock": 0} for line in theirs if line["event"] == "train"]
+    assert [{**line, "clock": 0} for line in ours] == trains
