@@ -109,6 +109,8 @@ class Train:
 class Parallel:
     """How the processes that `torchrun` starts share the work; one process alone needs none of it."""
 
+    shard: bool = False
+    """Keep a share of weights, gradients and optimizer state in each process, for models that do not fit one device."""
     timeout: float = 20.0
     """Seconds after which a process that is dead, stopped or late is named and given up by the others."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -64,11 +65,24 @@ def step_name(step: int) -> str:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `folder`, in place of an older one of the same update."""
-    path = folder / step_name(checkpoint.progress.step)
+    with saving(folder, checkpoint) as temporary:
+        write_part(temporary, checkpoint.tensors)
+
+
+@contextmanager
+def saving(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
+    """Commit a checkpoint whose tensors are written inside the block, by `write_part`, to the folder that it gives."""
     content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
-    with atomic.new_folder(path) as temporary:
-        (temporary / _STATE).write_bytes(tensors.to_bytes(checkpoint.tensors))
+    with atomic.new_folder(folder / step_name(checkpoint.progress.step)) as temporary:
+        yield temporary
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
+
+
+def write_part(folder: Path, named: dict[str, Tensor], part: int = 0, parts: int = 1) -> None:
+    """Write the tensors, or a process's rows of them, as one of several files: part after part they are whole."""
+    name = _STATE if parts == 1 else f"state-{part:05d}-of-{parts:05d}.safetensors"
+    with atomic.disk_errors(folder / name):
+        (folder / name).write_bytes(tensors.to_bytes(named))
 
 
 def drop(folder: Path, keep: int) -> None:
@@ -142,11 +156,16 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
     return None
 
 
-def read(folder: Path, step: int) -> Checkpoint:
-    """Return a checkpoint that is whole. Raises BundleError that names the file which cannot be read."""
+def read(folder: Path, step: int, rows: Mapping[str, slice] | None = None) -> Checkpoint:
+    """Return a checkpoint that is whole. Raises BundleError that names the file which cannot be read.
+
+    rows: of which tensors only some rows are wanted; no others are read, however many processes wrote them.
+    """
     path = folder / step_name(step)
     progress, facts = _progress(path)
-    return Checkpoint(progress, tensors.read_tensors(path / _STATE), facts)
+    parts = sorted(path.glob("state*.safetensors"))
+    named = tensors.read_rows(parts, rows) if rows or len(parts) > 1 else tensors.read_tensors(path / _STATE)
+    return Checkpoint(progress, named, facts)
 
 
 def _progress(path: Path) -> tuple[Progress, dict[str, Any]]:

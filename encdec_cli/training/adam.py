@@ -21,6 +21,7 @@ class Adam:
     classes of `torch.optim` import the compiler, which takes more than a second.
     """
 
+    elementwise: ClassVar[bool] = True
     moments: ClassVar[Sequence[str]] = ("moment1", "moment2")
 
     decoupled: bool = True

@@ -109,7 +109,7 @@ class Ranks:
     def _await(roll: RollCall, what: str, keys: list[str]) -> None:
         with roll.waiting(what, patient=True):
             while not roll.store.check(keys):
-                roll.check_lost()
+                roll.check_lost(keys)
                 time.sleep(_POLL)
 
 
@@ -151,7 +151,7 @@ def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]
     with _roll_call(rank, world, timeout, leave) as roll:
         ranks = Ranks(rank, world, roll)
         ranks.meet("the start")
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "cpu:gloo"
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # The roll call gives up first: it can say who is missing.
         limit = timedelta(seconds=3 * timeout)
         group = PrefixStore("group", roll.store)

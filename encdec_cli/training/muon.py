@@ -26,6 +26,7 @@ class Muon:
     equation 4), so one rate serves both.
     """
 
+    elementwise: ClassVar[bool] = False
     moments: ClassVar[Sequence[str]] = ("momentum",)
 
     decay: float = 0.95

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from encdec_cli.errors import BundleError
+from encdec_cli.errors import BundleError, UsageError
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Weight:
     moments: dict[str, Tensor] = field(default_factory=dict)
     """By the names that its rule gives them; each has the shape of the master."""
     gradient: Tensor | None = None
+    rows: slice | None = None
+    """Which rows of the parameter these are, if processes share it (`parallel.shard`); None if this one has all."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved of it, by name."""
@@ -34,6 +36,8 @@ class Rule(Protocol):
 
     moments: ClassVar[Sequence[str]]
     """What it remembers of each weight; all start at zero."""
+    elementwise: ClassVar[bool]
+    """Whether it may be given some rows of a weight and do with them what it would do with the whole."""
 
     def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
         """Change the masters, and the moments, by the gradients; `updates` have been done before.
@@ -80,22 +84,29 @@ class Optimizer:
                 weight.gradient += gradient
 
     def gradients(self) -> Iterator[Tensor]:
-        """Yield the collected gradient of each parameter, to be changed in place; zeros where there is none."""
+        """Yield the collected gradients, zeros where there is none, to be summed in place over processes.
+
+        Those of shared weights are sums already.
+        """
         for weight in self._weights:
             if weight.gradient is None:
                 weight.gradient = torch.zeros_like(weight.master)
-            yield weight.gradient
+            if weight.rows is None:
+                yield weight.gradient
 
     @torch.no_grad()
-    def clip(self, limit: float = 0.0) -> float:
+    def clip(self, limit: float = 0.0, total: Callable[[float], float] = float) -> float:
         """Scale the collected gradients to a global norm of at most `limit` (0: no limit); return the norm before.
 
-        If the norm is infinite or not a number nothing is scaled, and `step` must not be called.
+        total: returns the sum of a number over all processes that share the weights. If the norm is infinite or not a
+        number nothing is scaled, and `step` must not be called.
         """
         gradients = [weight.gradient for weight in self._weights if weight.gradient is not None]
         if not gradients:
             return 0.0
         norm = float(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm())
+        if self.rows():
+            norm = math.sqrt(total(norm * norm))
         if limit and math.isfinite(norm) and norm + 1e-6 > limit:
             for gradient in gradients:
                 gradient.mul_(limit / (norm + 1e-6))
@@ -110,6 +121,11 @@ class Optimizer:
         for weight in self._weights:
             weight.gradient = None
             _publish(weight)
+
+    def rows(self) -> dict[str, slice]:
+        """Return the names in `state()` of which this process has some rows only, and which."""
+        shared = ((weight.rows, weight.state()) for weight in self._weights if weight.rows is not None)
+        return {name: rows for rows, state in shared for name in state}
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
@@ -148,10 +164,28 @@ class Optimizer:
 
 
 def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
-    master = parameter.detach().float()
-    return Weight(name, parameter, master, {moment: torch.zeros_like(master) for moment in rule.moments})
+    own, rows = _own(parameter)
+    if rows is not None and not rule.elementwise:
+        raise UsageError(
+            f"train.optimizer: {type(rule).__name__} needs whole matrices, and parallel.shard leaves each process some "
+            "rows of them; use adamw, or parallel.shard=false."
+        )
+    master = own.detach().float()
+    moments = {moment: torch.zeros_like(master) for moment in rule.moments}
+    return Weight(name, parameter, master, moments, rows=rows)
+
+
+def _own(parameter: Any) -> tuple[Tensor, slice | None]:
+    """Return what this process has of a parameter, and which rows these are; None if it has all of them."""
+    if not hasattr(parameter, "to_local"):  # a DTensor by its method: its module takes seconds to import
+        return parameter, None
+    mesh = parameter.device_mesh
+    most = -(-len(parameter) // mesh.size())
+    begin = min(len(parameter), most * mesh.get_local_rank())
+    own: Tensor = parameter.to_local()
+    return own, slice(begin, begin + len(own))
 
 
 def _publish(weight: Weight) -> None:
-    if weight.parameter.data_ptr() != weight.master.data_ptr():
+    if weight.rows is None and weight.parameter.data_ptr() != weight.master.data_ptr():
         weight.parameter.copy_(weight.master)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -95,9 +95,9 @@ class RollCall:
         finally:
             self._since = None
 
-    def check_lost(self) -> None:
-        """Raise ResourceError if another process has said that it leaves."""
-        if self.store.check(["lost"]):
+    def check_lost(self, unless: Sequence[str] = ()) -> None:
+        """Raise ResourceError if another process has said that it leaves, unless all these keys had been written."""
+        if self.store.check(["lost"]) and not (unless and self.store.check(list(unless))):
             raise ResourceError(f"process {self.rank} leaves at {self._where}: {self.store.get('lost').decode()}")
 
     def _beat(self, leave: Callable[[EncdecError], NoReturn]) -> None:

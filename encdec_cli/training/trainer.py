@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model
@@ -27,9 +27,9 @@ from encdec_cli.registry import Plugin
 from encdec_cli.training import precision, resume
 from encdec_cli.training.clock import Clock
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
+from encdec_cli.training.layout import make_layout
 from encdec_cli.training.log import Log
 from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
@@ -73,19 +73,21 @@ class Trainer:
         model = build_model(setting.recipe, len(source.vocabulary), len(target.vocabulary)).to(setting.device)
         if setting.init_from is not None:
             take_weights(model, setting.init_from, source, target)
-        self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
+        self.layout = make_layout(setting.recipe.parallel.shard, self.ranks)
         chosen = precision.choose(self.train.precision, setting.device)
+        whole = self.layout.whole(model, chosen)
+        self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
         self.store = setting.data.store("train")
         self.optimizer = make_optimizer(model, self.train, self._load(np.array([0])), chosen.dtype)
-        chosen.apply(model)
+        chosen.apply(whole)
         self.precision = chosen.name
         lengths = self.store.source_lengths, self.store.target_lengths
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
         self._check_share()
-        objective = make_objective(self.train)
-        self.gradients = Gradients(model, self.optimizer.parameters, objective, self.train.accumulate)
+        learning = self.optimizer.parameters
+        self.gradients = self.layout.gradients(model, learning, make_objective(self.train), self.train.accumulate)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
         self.checkpoints = setting.run / "checkpoints"
@@ -140,6 +142,8 @@ class Trainer:
                 f"train.accumulate: {world} processes cannot share an update of {parts} micro-batches; it must be a "
                 f"multiple of {world}, with a smaller train.tokens if the update is to stay as large as it was."
             )
+        if parts % world and self.layout.even:
+            raise UsageError(f"train.accumulate: with parallel.shard it must be a multiple of {world}, the processes.")
         if parts % world:
             self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
 
@@ -154,7 +158,8 @@ class Trainer:
             largest = self._load(batches[sizes.index(max(sizes))])
             list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
-        self.validation.try_longest(self.bundle)
+        if self.ranks.first:
+            self.validation.try_longest(self.bundle)
         return sum(parameter.numel() for parameter in self.model.parameters()), len(batches)
 
     def _load(self, rows: Ints) -> Batch:
@@ -186,7 +191,7 @@ class Trainer:
             loss += part
         loss = self.ranks.total(f"update {step}", loss)
         self.ranks.sum(f"update {step}", self.optimizer.gradients())
-        norm = self.optimizer.clip(self.train.clip)
+        norm = self.optimizer.clip(self.train.clip, partial(self.ranks.total, f"update {step}"))
         self._check_finite(loss, norm, step, batches)
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
         self.optimizer.step(rate)
@@ -222,8 +227,10 @@ class Trainer:
         progress.loss, progress.loss_tokens = 0.0, 0
 
     def _validate(self) -> None:
+        weights = self.layout.weights(self.model, self.optimizer, self.bundle.model)
+
         def judge() -> bool:
-            return self.keeper.judge(self.bundle, self.progress, self._weights)
+            return self.keeper.judge(self.bundle, self.progress, weights)
 
         self._unsaved |= self._let_first("the validation", judge)
 
@@ -237,17 +244,11 @@ class Trainer:
         vars(self.progress).update(progress)
         return result
 
-    def _weights(self) -> dict[str, Tensor]:
-        """The weights at full precision: those of the optimizer, and buffers as the model has them."""
-        state = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in self.model.state_dict().items()
-        }
-        return state | self.optimizer.masters()
-
     def _finish(self) -> None:
+        weights = self.layout.weights(self.model, self.optimizer, self.bundle.model)
+
         def finish() -> bool:
-            return self.keeper.finish(self.bundle, self.progress, self._weights)
+            return self.keeper.finish(self.bundle, self.progress, weights)
 
         if self._let_first("the end of training", finish):
             self._unsaved = self.progress.finished = True
@@ -262,19 +263,18 @@ class Trainer:
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
 
-        def save() -> None:
+        if self.ranks.first:
             self.log.sync()
-            checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
-            self.keeper.publish(self.progress)
-
-        self._let_first("the checkpoint", save)
+        own = Checkpoint(self.progress, state, self.facts)
+        self.layout.save(self.checkpoints, own, self.optimizer.rows())
+        self._let_first("the checkpoint", partial(self.keeper.publish, self.progress))
         self._unsaved = False
 
     def _resume(self) -> None:
         step = self._let_first("the start", self._recover)
         if step is None:
             return
-        found = checkpoint.read(self.checkpoints, step)
+        found = checkpoint.read(self.checkpoints, step, self.optimizer.rows())
         resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
         self.progress = found.progress
         self.progress.finished = found.progress.finished and self._is_over()

@@ -1,0 +1,102 @@
+"""Which process has which part of the model: all of it each, or (`training/sharding.py`) a share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.checkpoint import Checkpoint
+from encdec_cli.data.batch import Batch
+from encdec_cli.models.model import Model
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.gradients import Gradient, Gradients
+from encdec_cli.training.objective import Objective
+from encdec_cli.training.optimizer import Optimizer
+from encdec_cli.training.precision import Precision
+
+
+class Computing(Protocol):
+    """Computes micro-batches; see `Gradients`."""
+
+    workers: int
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+    def of(
+        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Gradient]:
+        """Yield loss and gradient of each micro-batch, in order."""
+
+
+class Layout(Protocol):
+    """How the processes of a run hold its model."""
+
+    even: bool
+    """Whether all processes must have equally many micro-batches."""
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Keep of an fp32 model on its device what this process trains; return one to judge and publish.
+
+        It is the same model, or with shares another one, and only the first process has that. Cast it after the
+        optimizer is built.
+        """
+
+    def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Computing:
+        """Return what computes micro-batches, at most so many an update, for these parameters."""
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Bring the weights into the whole model; return what gives them at full precision to the first process.
+
+        Every process must call it.
+        """
+
+    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+        """Commit a checkpoint of what each process has.
+
+        shared: the names of those tensors of which a process has some rows only.
+        """
+
+
+class Replicated:
+    """Every process has the whole model, and all have the same."""
+
+    even = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Return the model itself; see `Layout`."""
+        return model
+
+    def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Gradients:
+        """Return what computes micro-batches, side by side where it can be; see `Layout`."""
+        return Gradients(model, parameters, objective, most)
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Return what gives the weights of the optimizer, and buffers as the model has them; see `Layout`."""
+
+        def named() -> dict[str, Tensor]:
+            state = model.state_dict().items()
+            values = {name: value.float() if value.is_floating_point() else value for name, value in state}
+            return values | optimizer.masters()
+
+        return named
+
+    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+        """Let the first process write it; see `Layout`."""
+        self.ranks.first_does(f"the checkpoint after update {own.progress.step}", lambda: checkpoint.save(folder, own))
+
+
+def make_layout(shard: bool, ranks: Ranks) -> Layout:
+    """Return the layout of a run; one process alone has all."""
+    if shard and ranks.world > 1:
+        from encdec_cli.training.sharding import Sharded  # noqa: PLC0415 - it takes seconds
+
+        return Sharded(ranks)
+    return Replicated(ranks)
