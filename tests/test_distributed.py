@@ -37,31 +37,47 @@ import os
 import signal
 import time
 
+from encdec_cli.bundle import checkpoint
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import models
+
+seen = {"update": 0, "judge": 0, "save": 0}
+
+
+def perhaps(place):
+    seen[place] += 1
+    rank, where, call, harm = os.environ["FAULT"].split(":")
+    if os.environ["RANK"] != rank or where != place or seen[place] != int(call):
+        return
+    if harm == "raise":
+        raise ValueError("harmed")
+    if harm == "memory":
+        raise RuntimeError("can't allocate memory")
+    if harm == "sleep":
+        time.sleep(1000)
+    os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
 
 
 @models.register("faulty")
 class Faulty(Transformer):
     side_by_side = False
-    calls = 0
 
     class Config(Transformer.Config):
         pass
 
     def encode(self, source, mask):
-        Faulty.calls += self.training
-        rank, call, harm = os.environ["FAULT"].split(":")
-        if os.environ["RANK"] == rank and Faulty.calls == int(call):
-            if harm == "raise":
-                raise ValueError("harmed")
-            if harm == "memory":
-                raise RuntimeError("can't allocate memory")
-            if harm == "sleep":
-                time.sleep(1000)
-            os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
+        perhaps("update" if self.training else "judge")
         return super().encode(source, mask)
+
+
+def write_part(*arguments, write=checkpoint.write_part):
+    perhaps("save")
+    write(*arguments)
+
+
+checkpoint.write_part = write_part
 '''
+NO_FAULT = "0:update:0:raise"
 
 
 def free_port() -> int:
@@ -210,18 +226,15 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corpus, tmp_path):
-    plugin, run = tmp_path / "faulty.py", tmp_path / "run"
-    plugin.write_text(FAULTY)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(corpus.read_text().replace("name: transformer", "name: faulty"))
-    options = (recipe, *TWO, "parallel.timeout=2", SHARD, "--plugin", plugin, "--output")
-    trained(forks, 2, *options, tmp_path / "unbroken", FAULT="0:-1:raise")
-    commands = launch(forks, 2, *options, run, FAULT="1:9:stop")
-    assert commands[0].wait(60) == 6
-    os.kill(commands[1].pid, signal.SIGKILL)
-    trained(forks, 2, *options, run, FAULT="0:-1:raise")
-    assert_same(run, tmp_path / "unbroken")
+@pytest.mark.parametrize(
+    "fault", ["1:update:9:stop", "1:save:2:kill", "0:save:2:kill", "1:save:2:raise", "0:judge:1:stop"]
+)
+def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corpus, tmp_path, fault):
+    options = (faulty(corpus, tmp_path), *TWO, "parallel.timeout=2", SHARD, "--output")
+    trained(forks, 2, *options, tmp_path / "unbroken", FAULT=NO_FAULT)
+    lose(forks, (*options, tmp_path / "run"), fault)
+    trained(forks, 2, *options, tmp_path / "run", FAULT=NO_FAULT)
+    assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
 def test_muon_needs_whole_matrices(forks, corpus, tmp_path):
@@ -312,53 +325,62 @@ def wait_for(path: Path) -> None:
 
 
 HARMS = {
-    "kill": "gives no sign of life",
-    "stop": "gives no sign of life",
+    "kill": "gives no sign of life|which holds the store",
+    "stop": "gives no sign of life|which holds the store, does not answer",
     "sleep": "lives, but did not come within 2 s",
     "raise": "ValueError: harmed",
     "memory": "can't allocate memory",
 }
+PLACES = ("update:1", "update:9", "update:24", "judge:1", "save:2")
 SLOW = pytest.mark.slow
+SAMPLE = {(1, "update:9", "kill"), (0, "judge:1", "kill"), (1, "update:9", "stop"), (1, "update:9", "raise")}
 CASES = [
-    *(("kill", 0, 9), ("kill", 1, 9), ("stop", 1, 9), ("raise", 1, 9)),
-    *(pytest.param(harm, rank, call, marks=SLOW) for harm in HARMS for rank in (0, 1) for call in (1, 9, 12, 24)),
+    pytest.param(*case, marks=() if case in SAMPLE else SLOW, id="-".join(map(str, case)))
+    for case in itertools.product((0, 1), PLACES, HARMS)
+    # The first alone judges and writes, as long as it likes if it lives.
+    if case[1].startswith("update") or (case[0] == 0 and case[2] != "sleep")
 ]
 
 
-@pytest.mark.parametrize(("harm", "rank", "call"), CASES)
-def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corpus, tmp_path, harm, rank, call):
-    plugin, run = tmp_path / "faulty.py", tmp_path / "run"
-    plugin.write_text(FAULTY)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(corpus.read_text().replace("name: transformer", "name: faulty"))
-    options = (recipe, *TWO, "parallel.timeout=2", "--plugin", plugin, "--output", run)
-    commands = launch(forks, 2, *options, FAULT=f"{rank}:{call}:{harm}")
-    other = commands[1 - rank]
+@pytest.mark.parametrize(("rank", "place", "harm"), CASES)
+def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corpus, tmp_path, rank, place, harm):
+    options = (faulty(corpus, tmp_path), *TWO, "parallel.timeout=2", "--output", tmp_path / "run")
+    lose(forks, options, f"{rank}:{place}:{harm}")
+    trained(forks, 2, *options, FAULT=NO_FAULT)
+    assert_same(tmp_path / "run", alone)
+
+
+def faulty(corpus: Path, folder: Path) -> Path:
+    """Write the plugin, and return the recipe that uses it."""
+    (folder / "faulty.py").write_text(FAULTY)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(f"plugins: [faulty.py]\n{corpus.read_text()}".replace("name: transformer", "name: faulty"))
+    return recipe
+
+
+def lose(forks, options, fault: str) -> None:
+    """Start two processes of which one is lost; assert that the other names it and leaves."""
+    rank, harm = int(fault[0]), fault.rpartition(":")[2]
+    commands = launch(forks, 2, *options, FAULT=fault)
+    lost, other = commands[rank], commands[1 - rank]
     began = time.monotonic()
     assert other.wait(60) == 6, other.stderr
-    left = other.stderr.rstrip("\n").split("\n")[-1]
-    if harm == "kill" and rank == 0:
-        assert "process 0, which holds the store, is gone" in left or "process 0, last at update" in left
-    else:
-        assert f"process {rank}" in left
-        assert HARMS[harm] in left
-    assert re.search(r"process 1 leaves at|process 0 leaves at", left)
-    assert "Traceback" not in other.stderr
     assert time.monotonic() - began < 30
-    os.kill(commands[rank].pid, signal.SIGKILL) if harm in ("stop", "sleep") else None
-    commands[rank].wait()
-    trained(forks, 2, *options, FAULT="0:-1:raise")
-    assert_same(run, alone)
+    left = other.stderr.rstrip("\n").split("\n")[-1]
+    assert f"process {1 - rank} leaves at" in left
+    assert re.search(f"process {rank}.*({HARMS[harm]})", left)
+    assert "Traceback" not in other.stderr
+    if harm in ("stop", "sleep"):
+        os.kill(lost.pid, signal.SIGKILL)
+    lost.wait()
 
 
 @pytest.mark.slow
 def test_torchrun_starts_all_again_and_the_run_is_exact(alone, corpus, tmp_path):
-    plugin, run = tmp_path / "faulty.py", tmp_path / "run"
-    once = "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and "
-    plugin.write_text(FAULTY.replace('os.environ["FAULT"]', '"1:9:kill"').replace("        if ", f"        {once}", 1))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(corpus.read_text().replace("name: transformer", "name: faulty"))
-    done = torchrun(2, recipe, *TWO, "--plugin", plugin, "--output", run, options=("--max-restarts", "2"))
+    recipe, run = faulty(corpus, tmp_path), tmp_path / "run"
+    once = '["1:update:9:kill", "", ""][int(os.environ["TORCHELASTIC_RESTART_COUNT"])] or "0:update:0:raise"'
+    (tmp_path / "faulty.py").write_text(FAULTY.replace('os.environ["FAULT"]', f"({once})"))
+    done = torchrun(2, recipe, *TWO, "--output", run, options=("--max-restarts", "2"))
     assert done.returncode == 0, done.stderr
     assert "going on from update 6" in done.stderr
     assert_same(run, alone)

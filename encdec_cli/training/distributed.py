@@ -97,6 +97,15 @@ class Ranks:
         told: T = json.loads(self._roll.store.get(key))
         return told
 
+    @contextmanager
+    def computing(self, what: str) -> Iterator[None]:
+        """Compute inside the block what has the processes wait for each other on the way."""
+        if self._roll is None:
+            yield
+            return
+        with self._roll.waiting(what, patient=True):
+            yield
+
     def meet(self, what: str) -> None:
         """Wait until every process has come here, however long each takes."""
         if self._roll is None:

@@ -53,6 +53,7 @@ class RollCall:
         self._point, self._where = 0, "the start"
         self._since: float | None = None
         self._patient = False
+        self._asked: float | None = None
         self._ended = threading.Event()
 
     @contextmanager
@@ -61,8 +62,9 @@ class RollCall:
 
         leave: ends the process; called from the thread. serving: whether the store ends with this process.
         """
-        thread = threading.Thread(target=self._beat, args=(leave,), daemon=True)
-        thread.start()
+        threads = [threading.Thread(target=work, args=(leave,), daemon=True) for work in (self._beat, self._guard)]
+        for thread in threads:
+            thread.start()
         try:
             yield
         except BaseException as error:
@@ -71,7 +73,8 @@ class RollCall:
             raise
         finally:
             self._ended.set()
-            thread.join()
+            for thread in threads:
+                thread.join(2 * self._interval)
             self._try_set(f"bye/{self.rank}", "")
             if serving:
                 self._stay()
@@ -82,7 +85,7 @@ class RollCall:
 
     @contextmanager
     def waiting(self, where: str, patient: bool = False) -> Iterator[None]:
-        """Wait for the others inside the block; patient: for as long as they live.
+        """Wait for the others inside the block; patient: for as long as they live, and it may do other work, too.
 
         An error of the communication becomes a ResourceError that names the lost process.
         """
@@ -91,23 +94,30 @@ class RollCall:
         try:
             yield
         except RuntimeError as error:
-            raise self._broken(_first_line(error)) from error
+            lost = self._broken()
+            if lost is None and patient:  # an error of the other work
+                raise
+            raise lost or self._leaving(_first_line(error)) from error
         finally:
             self._since = None
 
     def check_lost(self, unless: Sequence[str] = ()) -> None:
         """Raise ResourceError if another process has said that it leaves, unless all these keys had been written."""
         if self.store.check(["lost"]) and not (unless and self.store.check(list(unless))):
-            raise ResourceError(f"process {self.rank} leaves at {self._where}: {self.store.get('lost').decode()}")
+            raise self._leaving_after(self.store.get("lost"))
 
     def _beat(self, leave: Callable[[EncdecError], NoReturn]) -> None:
         count, early = 0, None
         try:
             while not self._ended.wait(self._interval):
                 count += 1
+                self._asked = time.monotonic()
                 self._own.set(f"at/{self.rank}", f"{count}|{self._point}|{self._where}")
                 since = self._since
                 waited = time.monotonic() - since if since is not None else 0.0
+                # Who is patient looks for it himself, or else hears of it late.
+                if waited > (self.timeout / 2 if self._patient else 2 * self._interval) and self.store.check(["lost"]):
+                    leave(self._leaving_after(self.store.get("lost")))
                 if waited < self.timeout / 2:
                     early = None
                 elif early is None:
@@ -115,9 +125,17 @@ class RollCall:
                 elif waited >= self.timeout:
                     self._judge(early, leave)
                     early = self._look()
+                self._asked = None
         except RuntimeError as error:
             if not self._ended.is_set():
-                leave(self._broken(_first_line(error)))
+                leave(self._broken() or self._leaving(_first_line(error)))
+
+    def _guard(self, leave: Callable[[EncdecError], NoReturn]) -> None:
+        """Watch the thread that asks the store: who waits for the answer of a stopped process waits for ever."""
+        while not self._ended.wait(self._interval):
+            asked = self._asked
+            if asked is not None and time.monotonic() - asked > self.timeout / 2:
+                leave(self._leaving("process 0, or torchrun on its machine, which holds the store, does not answer"))
 
     def _judge(self, early: list[Beat], leave: Callable[[EncdecError], NoReturn]) -> None:
         late = self._look()
@@ -149,20 +167,23 @@ class RollCall:
             return None
         return self._leaving("; ".join(f"process {rank}, last at {beats[rank].where}, {what}" for rank in ranks))
 
+    def _leaving_after(self, words: bytes) -> ResourceError:
+        return ResourceError(f"process {self.rank} leaves at {self._where}: {words.decode()}")
+
     def _leaving(self, why: str) -> ResourceError:
         return ResourceError(
             f"process {self.rank} leaves at {self._where}: {why}; the last checkpoint is good: start all processes "
             "again, with a greater parallel.timeout if one was only slow."
         )
 
-    def _broken(self, reason: str) -> ResourceError:
-        """Return what a broken connection means: the sentence of who left, or the name of who is silent."""
+    def _broken(self) -> ResourceError | None:
+        """Return who was lost when a connection broke: who has said that it leaves, or is silent."""
         try:
             self.check_lost()
             early = self._look()
             time.sleep(3 * self._interval)
             self.check_lost()
-            return self._silent(early, self._look()) or self._leaving(reason)
+            return self._silent(early, self._look())
         except ResourceError as error:
             return error
         except RuntimeError as error:

@@ -59,15 +59,16 @@ class Sharded:
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
     ) -> ShardedGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
-        return ShardedGradients(model, parameters, objective)
+        return ShardedGradients(model, parameters, objective, self.ranks)
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights in the memory of the first process, tensor by tensor; see `Layout`."""
         named = {}
-        for name, value in model.state_dict().items():
-            full = value.full_tensor() if isinstance(value, DTensor) else value
-            if self.ranks.first:
-                named[name] = full.cpu()
+        with self.ranks.computing("gathering the weights"):
+            for name, value in model.state_dict().items():
+                full = value.full_tensor() if isinstance(value, DTensor) else value
+                if self.ranks.first:
+                    named[name] = full.cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
         return lambda: named
@@ -90,7 +91,8 @@ class ShardedGradients:
 
     workers = 1
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective) -> None:
+    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
+        self.ranks = ranks
         self.model = model
         self.parameters = parameters
         self.objective = objective
@@ -106,9 +108,10 @@ class ShardedGradients:
         for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
             own_seed = (seed * 1_000_003 + number) % (1 << 63)
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
-            with drawing(own_seed):
-                loss = self.objective(self.model, batch, _Gathered(self.model), weight)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with self.ranks.computing("a micro-batch"):
+                with drawing(own_seed):
+                    loss = self.objective(self.model, batch, _Gathered(self.model), weight)
+                loss.backward()  # type: ignore[no-untyped-call]
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
