@@ -25,6 +25,8 @@ T = TypeVar("T")
 
 BUCKET = 1 << 24
 """Numbers that are summed in one message: 64 MB of fp32."""
+_START = 6
+"""How many times as long as later a process is waited for at first: some import from slow disks."""
 _POLL = 0.01
 """Seconds between two looks for what another process is to write."""
 
@@ -159,7 +161,6 @@ def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]
         torch.cuda.set_device(local)
     with _roll_call(rank, world, timeout, leave) as roll:
         ranks = Ranks(rank, world, roll)
-        ranks.meet("the start")
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         # The roll call gives up first: it can say who is missing.
         limit = timedelta(seconds=3 * timeout)
@@ -175,25 +176,51 @@ def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]
 @contextmanager
 def _roll_call(rank: int, world: int, timeout: float, leave: Callable[[EncdecError], NoReturn]) -> Iterator[RollCall]:
     host, port = os.environ.get("MASTER_ADDR", ""), _number("MASTER_PORT", 0)
-    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun keeps the store itself
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-
-    def connected(serving: bool) -> Store:
-        limit = timedelta(seconds=timeout)
-        store = TCPStore(host, port, None, serving, limit, wait_for_workers=False)
-        return PrefixStore(f"encdec/{attempt}", store)
-
-    serving = rank == 0 and not agent
+    # torchrun keeps the store itself, unless it is told not to.
+    serving = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        roll = RollCall(connected(serving), connected(False), rank, world, timeout)
+        first, second = (
+            TCPStore(host, port, None, serves, timedelta(seconds=timeout), wait_for_workers=False)
+            for serves in (serving, False)
+        )
+        name = _agreed(PrefixStore("encdec", first), rank, world, _START * timeout)
     except RuntimeError as error:
         reason = str(error).split("\n")[0]
         raise ResourceError(
             f"process {rank}: no meeting at {host}:{port}, MASTER_ADDR and MASTER_PORT ({reason}); start all by "
             "torchrun, with an address that every machine can reach."
         ) from error
+    roll = RollCall(PrefixStore(name, first), PrefixStore(name, second), rank, world, timeout)
     with roll.called(leave, serving):
         yield roll
+
+
+def _agreed(store: Store, rank: int, world: int, timeout: float) -> str:
+    """Return a name that the processes of this start have just agreed on, since the store may be full of another's.
+
+    torchrun starts processes again beside the same store, and its count of restarts differs between machines.
+    """
+    own = os.urandom(8).hex()
+    others = range(1, world)
+    missing = list(others) if rank == 0 else [0]
+    if rank:
+        store.set(f"hello/{rank}", own)
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if rank == 0:
+            hellos = [store.get(f"hello/{r}").decode() if store.check([f"hello/{r}"]) else "" for r in others]
+            store.set("welcome", " ".join([own, *hellos]))
+            missing = [r for r in others if not store.check([f"{own}/{r}"])]
+            if not missing:
+                return own
+        elif store.check(["welcome"]):
+            name, *hellos = store.get("welcome").decode().split(" ")
+            if own in hellos:  # process 0 answers this start
+                store.set(f"{name}/{rank}", "")
+                return name
+        time.sleep(_POLL)
+    listed = ", ".join(map(str, missing))
+    raise ResourceError(f"process {rank} leaves: of {world}, process {listed} did not come within {timeout:g} s.")
 
 
 def _number(name: str, otherwise: int) -> int:
