@@ -89,7 +89,7 @@ PLANS = (
 def table() -> str:
     """Return the plan as Markdown."""
     lines = [
-        "| model | weights | layout | GPUs | state GB | activations GB | tokens an update | sent GB | sending / computing |",
+        "| model | weights | layout | GPUs | state GB | activations GB | tokens an update | sent GB | sending |",
         "|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for plan in PLANS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from encdec_cli.bundle.tensors import read_rows, to_bytes
 from encdec_cli.data.sampler import Sampler
+from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
 from tests.conftest import copy_task, environment
 from tests.forked import Command, Forks
@@ -257,6 +259,21 @@ def test_rows_are_found_in_however_many_files(sizes, one, other):
     assert torch.equal(found["w"], total[begin:end])
     assert torch.equal(found["all"], total)
     assert found["step"] == 7
+
+
+def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():
+    spec = importlib.util.spec_from_file_location("cluster", Path(__file__).parent.parent / "docs" / "cluster.py")
+    cluster = importlib.util.module_from_spec(spec)
+    sys.modules["cluster"] = cluster  # a dataclass looks for its module
+    spec.loader.exec_module(cluster)
+    assert cluster.PAGE.read_text(encoding="utf-8") == cluster.page(), "run python docs/cluster.py"
+    plan = cluster.Plan("small", 3, 64, 96, 50, 1000, True)
+    model = Transformer(Transformer.Config(3, 3, 64, 4, 96), 50, 50)
+    assert plan.weights() == sum(parameter.numel() for parameter in model.parameters())
+    layer, reader = model.decoder[0], model.decoder[0].cross.joined
+    sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (layer, reader)]
+    assert plan.unit() == sizes[0] - sizes[1]
+    assert plan.sent(2) == 8 * plan.weights() / 2
 
 
 def order(ranks: list[Ranks], plan: Sampler, step: int, updates: int, accumulate: int) -> list[list[int]]:

@@ -69,7 +69,7 @@ def _train(recipe: Recipe, run: Path, device: str, init_from: Path | None, dry_r
     check_device(device)
     try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
     use_threads(recipe.train.threads, shared_cores())
-    start = Bundle.load(init_from, device) if init_from else None
+    start = Bundle.load(init_from) if init_from else None
     with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
         with locked(run) if ranks.first else _quiet():

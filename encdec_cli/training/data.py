@@ -41,7 +41,7 @@ def shared_data(recipe: Recipe, run: Path, say: Callable[[str], None], ranks: Ra
     def make() -> None:
         made.append(prepared_data(recipe, run, say)[0])
 
-    ranks.first_does("the preparation of the data", make)
+    ranks.first_does("the preparation of the data", make, silently=True)
     return made[0] if made else Prepared.open(data_folder(run))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from encdec_cli.errors import EncdecError, ResourceError, UsageError
-from encdec_cli.training.rollcall import RollCall
+from encdec_cli.training.rollcall import FIRST, RollCall
 
 T = TypeVar("T")
 
@@ -70,6 +70,7 @@ class Ranks:
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             with self._roll.waiting(what):
                 dist.all_reduce(flat)
+                _settle()
             for tensor, total in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
@@ -81,10 +82,11 @@ class Ranks:
         self.sum(what, [number])
         return float(number)
 
-    def first_does(self, what: str, work: Callable[[], T]) -> T:
+    def first_does(self, what: str, work: Callable[[], T], silently: bool = False) -> T:
         """Let the first process alone do `work`, however long it takes; return its result, plain JSON, to all.
 
-        The others wait at the store, not in a collective, for as long as the first shows that it lives.
+        The others wait at the store, not in a collective, for as long as the first shows that it lives, or with
+        `silently` for ever: some libraries hold the interpreter for minutes, and with it the beat.
         """
         if self._roll is None:
             return work()
@@ -95,7 +97,7 @@ class Ranks:
             result = work()
             self._roll.store.set(key, json.dumps(result))
             return result
-        self._await(self._roll, what, [key])
+        self._await(self._roll, what, [key], () if silently else (0,))
         told: T = json.loads(self._roll.store.get(key))
         return told
 
@@ -107,6 +109,7 @@ class Ranks:
             return
         with self._roll.waiting(what, patient=True):
             yield
+            _settle()
 
     def meet(self, what: str) -> None:
         """Wait until every process has come here, however long each takes."""
@@ -117,11 +120,17 @@ class Ranks:
         self._await(self._roll, what, [f"met/{self._told}/{rank}" for rank in range(self.world)])
 
     @staticmethod
-    def _await(roll: RollCall, what: str, keys: list[str]) -> None:
-        with roll.waiting(what, patient=True):
+    def _await(roll: RollCall, what: str, keys: list[str], whom: Sequence[int] | None = None) -> None:
+        with roll.waiting(what, patient=True, whom=whom):
             while not roll.store.check(keys):
                 roll.check_lost(keys)
                 time.sleep(_POLL)
+
+
+def _settle() -> None:
+    """Wait for what a GPU has been asked to do: a collective there returns before it is done."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -190,7 +199,8 @@ def _roll_call(rank: int, world: int, timeout: float, leave: Callable[[EncdecErr
             f"process {rank}: no meeting at {host}:{port}, MASTER_ADDR and MASTER_PORT ({reason}); start all by "
             "torchrun, with an address that every machine can reach."
         ) from error
-    roll = RollCall(PrefixStore(name, first), PrefixStore(name, second), rank, world, timeout)
+    own, other = (PrefixStore(name, PrefixStore("encdec", store)) for store in (first, second))
+    roll = RollCall(own, other, rank, world, timeout)
     with roll.called(leave, serving):
         yield roll
 
@@ -210,13 +220,14 @@ def _agreed(store: Store, rank: int, world: int, timeout: float) -> str:
         if rank == 0:
             hellos = [store.get(f"hello/{r}").decode() if store.check([f"hello/{r}"]) else "" for r in others]
             store.set("welcome", " ".join([own, *hellos]))
-            missing = [r for r in others if not store.check([f"{own}/{r}"])]
+            missing = [r for r in others if not store.check([f"{own}/at/{r}"])]
             if not missing:
+                store.set(f"{own}/at/0", FIRST)
                 return own
         elif store.check(["welcome"]):
             name, *hellos = store.get("welcome").decode().split(" ")
             if own in hellos:  # process 0 answers this start
-                store.set(f"{name}/{rank}", "")
+                store.set(f"{name}/at/{rank}", FIRST)
                 return name
         time.sleep(_POLL)
     listed = ", ".join(map(str, missing))

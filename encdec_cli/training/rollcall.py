@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
@@ -21,22 +21,33 @@ _LAST_WORDS = 3.0
 class Beat:
     """What a process last said of itself."""
 
-    number: int = -1
-    """Counts the beats; -1 before the first."""
-    point: int = -1
+    number: int
+    """Counts the beats."""
+    point: int
     """Counts the places where processes wait for each other; the same in all of them at the same place."""
-    where: str = "nothing yet"
+    where: str
     """Words for that place."""
+
+    @classmethod
+    def read(cls, text: str) -> Beat:
+        """Return what a store holds."""
+        number, point, where = text.split("|", 2)
+        return cls(int(number), int(point), where)
+
+
+FIRST = "0|0|the start"
+"""The beat with which a process comes."""
 
 
 class RollCall:
     """Writes this process's beat to the store from a thread, and reads the others' after a long wait for them.
 
     A process is lost if its beat stands still (killed, stopped, or its machine is gone) or, where all must come in
-    time, if it has not come after `timeout` seconds, though it lives.
+    time, if it has not come after `timeout` seconds, though it lives. A library that holds the interpreter holds the
+    beat, too.
 
     Args:
-        store: where the processes meet.
+        store: where the processes meet; each has set its `FIRST` beat.
         own: another connection to it for the thread: one that waits for an answer would hold up the other.
         rank: the number of this process.
         world: how many there are.
@@ -53,6 +64,7 @@ class RollCall:
         self._point, self._where = 0, "the start"
         self._since: float | None = None
         self._patient = False
+        self._whom: Sequence[int] = range(world)
         self._asked: float | None = None
         self._ended = threading.Event()
 
@@ -84,13 +96,15 @@ class RollCall:
         self._point, self._where = self._point + 1, where
 
     @contextmanager
-    def waiting(self, where: str, patient: bool = False) -> Iterator[None]:
-        """Wait for the others inside the block; patient: for as long as they live, and it may do other work, too.
+    def waiting(self, where: str, patient: bool = False, whom: Sequence[int] | None = None) -> Iterator[None]:
+        """Wait for others inside the block: for `whom`, or all.
 
-        An error of the communication becomes a ResourceError that names the lost process.
+        patient: for as long as they live; the block may do other work, too. An error of the communication becomes a
+        ResourceError that names the lost process.
         """
         self.arrive(where)
-        self._patient, self._since = patient, time.monotonic()
+        self._patient, self._whom = patient, range(self.world) if whom is None else whom
+        self._since = time.monotonic()
         try:
             yield
         except RuntimeError as error:
@@ -107,28 +121,37 @@ class RollCall:
             raise self._leaving_after(self.store.get("lost"))
 
     def _beat(self, leave: Callable[[EncdecError], NoReturn]) -> None:
-        count, early = 0, None
+        count = 0
+        heard: dict[int, tuple[int, float]] = {}
         try:
             while not self._ended.wait(self._interval):
                 count += 1
                 self._asked = time.monotonic()
                 self._own.set(f"at/{self.rank}", f"{count}|{self._point}|{self._where}")
                 since = self._since
-                waited = time.monotonic() - since if since is not None else 0.0
-                # Who is patient looks for it himself, or else hears of it late.
-                if waited > (self.timeout / 2 if self._patient else 2 * self._interval) and self.store.check(["lost"]):
-                    leave(self._leaving_after(self.store.get("lost")))
-                if waited < self.timeout / 2:
-                    early = None
-                elif early is None:
-                    early = self._look()
-                elif waited >= self.timeout:
-                    self._judge(early, leave)
-                    early = self._look()
+                waited = self._asked - since if since is not None else 0.0
+                if waited < self.timeout / 3:
+                    heard = {}
+                elif (lost := self._missed(waited, heard)) is not None and self._since == since:
+                    leave(lost)
                 self._asked = None
         except RuntimeError as error:
             if not self._ended.is_set():
                 leave(self._broken() or self._leaving(_first_line(error)))
+
+    def _missed(self, waited: float, heard: dict[int, tuple[int, float]]) -> ResourceError | None:
+        """Return who is missed after a wait; `heard` says which beat was heard last of whom, and when first."""
+        if self.store.check(["lost"]):
+            return self._leaving_after(self.store.get("lost"))
+        whom, now, beats = list(self._whom), time.monotonic(), self._look()
+        for rank, beat in beats.items():
+            if rank not in heard or heard[rank][0] != beat.number:
+                heard[rank] = beat.number, now
+        silent = [rank for rank in whom if rank in heard and now - heard[rank][1] >= self.timeout * 2 / 3]
+        if silent or self._patient or waited < self.timeout + 3 * self._interval:
+            return self._named(silent, beats, "gives no sign of life")
+        late = [rank for rank in beats if beats[rank].point < self._point]
+        return self._named(late, beats, f"lives, but did not come within {self.timeout:g} s")
 
     def _guard(self, leave: Callable[[EncdecError], NoReturn]) -> None:
         """Watch the thread that asks the store: who waits for the answer of a stopped process waits for ever."""
@@ -137,32 +160,13 @@ class RollCall:
             if asked is not None and time.monotonic() - asked > self.timeout / 2:
                 leave(self._leaving("process 0, or torchrun on its machine, which holds the store, does not answer"))
 
-    def _judge(self, early: list[Beat], leave: Callable[[EncdecError], NoReturn]) -> None:
-        late = self._look()
-        lost = self._silent(early, late)
-        if lost is None and not self._patient:
-            others = [rank for rank in range(self.world) if late[rank].point < self._point]
-            lost = self._named(others, late, f"lives, but did not come within {self.timeout:g} s")
-        if lost is not None and self._since is not None:
-            leave(lost)
+    def _look(self) -> dict[int, Beat]:
+        """Return the beats of those who are waited for, in one request: there may be a thousand."""
+        whom = [rank for rank in self._whom if rank != self.rank]
+        values = self._own.multi_get([f"at/{rank}" for rank in whom])
+        return {rank: Beat.read(value.decode()) for rank, value in zip(whom, values, strict=True)}
 
-    def _look(self) -> list[Beat]:
-        beats = []
-        for rank in range(self.world):
-            key = f"at/{rank}"
-            if self._own.check([key]):
-                number, point, where = self._own.get(key).decode().split("|", 2)
-                beats.append(Beat(int(number), int(point), where))
-            else:
-                beats.append(Beat())
-        return beats
-
-    def _silent(self, early: list[Beat], late: list[Beat]) -> ResourceError | None:
-        """Return the error that names who has not beaten between two looks."""
-        others = [rank for rank in range(self.world) if rank != self.rank and early[rank].number == late[rank].number]
-        return self._named(others, late, "gives no sign of life")
-
-    def _named(self, ranks: list[int], beats: list[Beat], what: str) -> ResourceError | None:
+    def _named(self, ranks: Sequence[int], beats: Mapping[int, Beat], what: str) -> ResourceError | None:
         if not ranks:
             return None
         return self._leaving("; ".join(f"process {rank}, last at {beats[rank].where}, {what}" for rank in ranks))
@@ -183,7 +187,9 @@ class RollCall:
             early = self._look()
             time.sleep(3 * self._interval)
             self.check_lost()
-            return self._silent(early, self._look())
+            late = self._look()
+            silent = [rank for rank, beat in early.items() if late[rank].number == beat.number]
+            return self._named(silent, late, "gives no sign of life")
         except ResourceError as error:
             return error
         except RuntimeError as error:
