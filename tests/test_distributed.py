@@ -58,6 +58,8 @@ def perhaps(place):
         raise RuntimeError("can't allocate memory")
     if harm == "sleep":
         time.sleep(1000)
+    if harm == "drift":
+        return True
     os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
 
 
@@ -69,7 +71,8 @@ class Faulty(Transformer):
         pass
 
     def encode(self, source, mask):
-        perhaps("update" if self.training else "judge")
+        if perhaps("update" if self.training else "judge"):
+            self.target_embedding.weight.data[5, 5] += 1
         return super().encode(source, mask)
 
 
@@ -390,6 +393,14 @@ def lose(forks, options, fault: str) -> None:
     if harm in ("stop", "sleep"):
         os.kill(lost.pid, signal.SIGKILL)
     lost.wait()
+
+
+def test_weights_that_differ_between_processes_are_never_saved(forks, corpus, tmp_path):
+    options = (faulty(corpus, tmp_path), *TWO, "--output", tmp_path / "run")
+    commands = launch(forks, 2, *options, FAULT="1:update:9:drift")
+    assert [command.wait() for command in commands] == [6, 6]
+    assert "the processes have come to different weights" in commands[0].stderr
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000006"]
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ BUCKET = 1 << 24
 """Numbers that are summed in one message: 64 MB of fp32."""
 _START = 6
 """How many times as long as later a process is waited for at first: some import from slow disks."""
-_POLL = 0.01
-"""Seconds between two looks for what another process is to write."""
+_POLL, _LONGEST_POLL = 0.01, 0.5
+"""Seconds between two looks for what another process is to write: at first, and after a while, for a thousand ask."""
 
 
 class Ranks:
@@ -121,10 +121,12 @@ class Ranks:
 
     @staticmethod
     def _await(roll: RollCall, what: str, keys: list[str], whom: Sequence[int] | None = None) -> None:
+        pause = _POLL
         with roll.waiting(what, patient=True, whom=whom):
             while not roll.store.check(keys):
                 roll.check_lost(keys)
-                time.sleep(_POLL)
+                time.sleep(pause)
+                pause = min(1.2 * pause, _LONGEST_POLL)
 
 
 def _settle() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
+from encdec_cli.errors import ResourceError
 from encdec_cli.models.model import Model
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient, Gradients
@@ -89,8 +91,22 @@ class Replicated:
         return named
 
     def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
-        """Let the first process write it; see `Layout`."""
-        self.ranks.first_does(f"the checkpoint after update {own.progress.step}", lambda: checkpoint.save(folder, own))
+        """Let the first process write it, if all have the same; see `Layout`."""
+        what = f"the checkpoint after update {own.progress.step}"
+        if self.ranks.world > 1:
+            mark = _mark(own.tensors.values())
+            if self.ranks.total(what, mark) != mark * self.ranks.world:
+                raise ResourceError(
+                    f"process {self.ranks.rank}: the processes have come to different weights; nothing was saved since "
+                    "the last checkpoint. Use machines of one kind with the same versions, and start all again."
+                )
+        self.ranks.first_does(what, lambda: checkpoint.save(folder, own))
+
+
+def _mark(tensors: Iterable[Tensor]) -> int:
+    """Return a number below 2^40 that equal bits give on every machine, whatever the order in which it adds."""
+    words = [t.contiguous().view(torch.int32) for t in tensors if t.dtype == torch.float32]
+    return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
 
 
 def make_layout(shard: bool, ranks: Ranks) -> Layout:

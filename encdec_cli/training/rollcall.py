@@ -141,8 +141,8 @@ class RollCall:
 
     def _missed(self, waited: float, heard: dict[int, tuple[int, float]]) -> ResourceError | None:
         """Return who is missed after a wait; `heard` says which beat was heard last of whom, and when first."""
-        if self.store.check(["lost"]):
-            return self._leaving_after(self.store.get("lost"))
+        if self._own.check(["lost"]):
+            return self._leaving_after(self._own.get("lost"))
         whom, now, beats = list(self._whom), time.monotonic(), self._look()
         for rank, beat in beats.items():
             if rank not in heard or heard[rank][0] != beat.number:
@@ -163,7 +163,7 @@ class RollCall:
     def _look(self) -> dict[int, Beat]:
         """Return the beats of those who are waited for, in one request: there may be a thousand."""
         whom = [rank for rank in self._whom if rank != self.rank]
-        values = self._own.multi_get([f"at/{rank}" for rank in whom])
+        values = self._own.multi_get([f"at/{rank}" for rank in whom]) if whom else []
         return {rank: Beat.read(value.decode()) for rank, value in zip(whom, values, strict=True)}
 
     def _named(self, ranks: Sequence[int], beats: Mapping[int, Beat], what: str) -> ResourceError | None:
