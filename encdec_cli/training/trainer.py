@@ -86,8 +86,8 @@ class Trainer:
         self.sampler = Sampler(*lengths, self.train.tokens, setting.data.data_hash, self.train.seed)
         self._check_positions()
         self._check_share()
-        learning = self.optimizer.parameters
-        self.gradients = self.layout.gradients(model, learning, make_objective(self.train), self.train.accumulate)
+        most = len(self.ranks.share(range(self.train.accumulate)))
+        self.gradients = self.layout.gradients(model, self.optimizer.parameters, make_objective(self.train), most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
         self.checkpoints = setting.run / "checkpoints"
