@@ -20,7 +20,7 @@ class ExitCode(IntEnum):
     BUNDLE = 5
     """Bad checkpoint or bundle."""
     RESOURCES = 6
-    """Disk, memory, permissions, a failed download, or a lock held by another run."""
+    """Disk, memory, permissions, a failed download, a lock held by another run, or a lost process of this one."""
     NON_FINITE = 7
     """Training met a loss or a gradient that is not finite."""
     INTERRUPTED = 130

@@ -240,6 +240,20 @@ class Cost:
         _at_least(0, price_per_hour=self.price_per_hour, watts=self.watts, carbon_intensity=self.carbon_intensity)
 
 
+@dataclass
+class Parallel:
+    """How the processes that `torchrun` starts share the work; one process alone needs none of it."""
+
+    shard: bool = False
+    """Keep a share of weights, gradients and optimizer state in each process, for models that do not fit one device."""
+    timeout: float = 20.0
+    """Seconds after which a process that is dead, stopped or late is named and given up by the others."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError(f"timeout ({self.timeout}) must be above 0")
+
+
 def _at_least(least: int, **values: float) -> None:
     wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
     if wrong:
@@ -274,6 +288,8 @@ class Recipe:
     """A model whose distribution at every position the run learns too: token-level knowledge distillation."""
     cost: Cost = field(default_factory=Cost)
     """What the machine costs, for the account of the run."""
+    parallel: Parallel = field(default_factory=Parallel)
+    """How the processes that `torchrun` starts share the work; one process alone needs none of it."""
     decoding: Annotated[Component, Chosen(strategies, "beam")]
     """The search that is used for validation, and by `encdec generate` unless it is told another."""
     loaded: tuple[Plugin, ...] = field(default=(), metadata={"key": False})
@@ -281,8 +297,8 @@ class Recipe:
 
 
 SECTIONS = (
-    *("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "teacher", "cost"),
-    "decoding",
+    *("plugins", "task", "data", "text", "model", "train", "lora", "regularize", "guide", "risk", "teacher"),
+    *("parallel", "cost", "decoding"),
 )
 """The top-level keys of a recipe, in the order in which it is read and written."""
 

@@ -66,13 +66,13 @@ class Command:
 
 
 class Forks:
-    """Starts commands; `folder` is where their streams and exit codes go."""
+    """Starts commands; `folder` is where their streams and exit codes go; `modules` are imported before, too."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *modules: str) -> None:
         self._folder = folder
         self._count = 0
         self._commands: list[Command] = []
-        code = "from tests.forked import serve; serve()"
+        code = f"from tests.forked import serve; serve({list(modules)})"
         self._parent = subprocess.Popen(
             [sys.executable, "-c", code],
             env=environment(),
@@ -131,9 +131,9 @@ class Forks:
         self._parent.wait(timeout=60)
 
 
-def serve() -> None:
+def serve(modules: list[str]) -> None:
     """Fork a command for each request on stdin, until it is closed."""
-    for name in _WARM:
+    for name in (*_WARM, *modules):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the keepers reap themselves
     with os.fdopen(os.dup(0)) as requests:  # not sys.stdin: the commands want theirs untouched

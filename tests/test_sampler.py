@@ -122,18 +122,6 @@ def test_resuming_at_any_update_goes_on_as_if_never_stopped(window):
         assert take(sampler(window=window), 2, step=step, accumulate=2)[0] == straight[step]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_ranks_share_every_update_and_lose_nothing(world, accumulate):
-    one = [update[0] for update in take(sampler(), 60 * world * accumulate)]
-    ranks = [take(sampler(), 60, accumulate=accumulate, rank=rank, world=world) for rank in range(world)]
-    joined = []
-    for update in range(60):
-        assert all(len(rank[update]) == accumulate for rank in ranks)
-        joined += [ranks[rank][update][turn] for turn in range(accumulate) for rank in range(world)]
-    assert joined == one
-
-
 @pytest.mark.parametrize("window", [150, 1_000_000])
 def test_an_epoch_border_in_the_middle_of_an_update(window):
     plan = sampler(window=window)

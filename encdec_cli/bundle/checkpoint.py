@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -74,13 +75,26 @@ def step_name(step: int) -> str:
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
     """Commit a checkpoint below `folder`, in place of an older one of the same update."""
-    path = folder / step_name(checkpoint.progress.step)
+    with saving(folder, checkpoint) as temporary:
+        write_part(temporary, checkpoint.tensors)
+
+
+@contextmanager
+def saving(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
+    """Commit a checkpoint whose tensors are written inside the block, by `write_part`, to the folder that it gives."""
     content = {"format": FORMAT, "progress": asdict(checkpoint.progress), "facts": checkpoint.facts}
-    state = tensors.to_bytes(checkpoint.tensors)
-    with atomic.new_folder(path) as temporary:
-        atomic.need_room(temporary, len(state))
-        (temporary / _STATE).write_bytes(state)
+    with atomic.new_folder(folder / step_name(checkpoint.progress.step)) as temporary:
+        yield temporary
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
+
+
+def write_part(folder: Path, named: dict[str, Tensor], part: int = 0, parts: int = 1) -> None:
+    """Write the tensors, or a process's rows of them, as one of several files: part after part they are whole."""
+    name = _STATE if parts == 1 else f"state-{part:05d}-of-{parts:05d}.safetensors"
+    content = tensors.to_bytes(named)
+    atomic.need_room(folder, len(content))
+    with atomic.disk_errors(folder / name):
+        (folder / name).write_bytes(content)
 
 
 def drop(folder: Path, keep: int, anchor: int | None = None) -> None:
@@ -106,7 +120,7 @@ def models(folder: Path) -> set[str]:
         try:
             progress = _progress(folder / step_name(step))[0]
         except BundleError:
-            continue  # `load_newest` says so when the time comes
+            continue  # `newest` says so when the time comes
         wanted |= {progress.model, *map(step_name, progress.kept)}
     return wanted - {""}
 
@@ -117,7 +131,7 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
         try:
             return _progress(folder / step_name(step))[1]
         except BundleError:
-            continue  # `load_newest` says so when the time comes
+            continue  # `newest` says so when the time comes
     return None
 
 
@@ -128,14 +142,8 @@ def recover(folder: Path) -> None:
             atomic.recover(folder / name)
 
 
-def load(folder: Path, step: int) -> Checkpoint:
-    """Return the checkpoint of an update. Raises BundleError that names what is damaged."""
-    atomic.verify(folder / step_name(step))
-    return _read(folder / step_name(step))
-
-
-def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, or None if there was never one.
+def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
+    """Return the update of the newest checkpoint that is whole, or None if there was never one.
 
     Damaged ones that are newer are deleted, so that no later clean-up takes them for the newest; `warn` is given
     a sentence for each. Call it under the lock of the run.
@@ -153,10 +161,10 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
             reasons.append(str(error))
             warn(f"checkpoint {path.name} is passed over: {error}")
             continue
-        whole = _read(path)
+        _progress(path)
         for damaged in found[len(found) - len(reasons) :]:
             atomic.remove_folder(folder / step_name(damaged))
-        return whole
+        return step
     if found:
         raise BundleError(
             f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
@@ -164,9 +172,22 @@ def load_newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def _read(path: Path) -> Checkpoint:
+def load(folder: Path, step: int, rows: Mapping[str, slice] | None = None) -> Checkpoint:
+    """Return the checkpoint of an update; see `read`. Raises BundleError that names what is damaged."""
+    atomic.verify(folder / step_name(step))
+    return read(folder, step, rows)
+
+
+def read(folder: Path, step: int, rows: Mapping[str, slice] | None = None) -> Checkpoint:
+    """Return a checkpoint that is whole. Raises BundleError that names the file which cannot be read.
+
+    rows: of which tensors only some rows are wanted; no others are read, however many processes wrote them.
+    """
+    path = folder / step_name(step)
     progress, facts = _progress(path)
-    return Checkpoint(progress, tensors.read_tensors(path / _STATE), facts)
+    parts = sorted(path.glob("state*.safetensors"))
+    named = tensors.read_rows(parts, rows) if rows or len(parts) > 1 else tensors.read_tensors(path / _STATE)
+    return Checkpoint(progress, named, facts)
 
 
 def _progress(path: Path) -> tuple[Progress, dict[str, Any]]:

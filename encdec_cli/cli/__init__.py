@@ -76,8 +76,8 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
         epilog="Exit codes: 0 good, 1 a failure of ours, 2 wrong command or recipe, 3 a check did not hold, "
-        "4 bad data, 5 bad checkpoint or bundle, 6 disk, memory, download or lock, 7 training became non-finite, "
-        "130 and 143 interrupted.",
+        "4 bad data, 5 bad checkpoint or bundle, 6 disk, memory, download, lock or a lost process, "
+        "7 training became non-finite, 130 and 143 interrupted.",
     )
     app.callback(invoke_without_command=True)(_encdec)
     for name, command in COMMANDS.items():

@@ -7,7 +7,9 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
+
+from encdec_cli.errors import EncdecError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -37,6 +39,14 @@ def fail(sentence: str) -> None:
     """Print an error on stderr: one sentence after the name of the program, several mistakes below it."""
     mistakes = sentence.count("\n") + 1
     say(f"encdec: error: {sentence}" if mistakes == 1 else f"encdec: error: {mistakes} mistakes\n{sentence}")
+
+
+def leave(error: EncdecError) -> NoReturn:
+    """Fail from a thread while the main one hangs in a call of a library: nothing is tidied up but the terminal."""
+    if interactive():
+        sys.stderr.write("\x1b[?25h")  # a progress bar hides the cursor
+    fail(str(error))
+    os._exit(error.code)
 
 
 def interactive() -> bool:

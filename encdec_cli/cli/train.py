@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -72,38 +73,66 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
-    from encdec_cli.cli.progress import TrainingProgress
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
     from encdec_cli.training.budget import settle
-    from encdec_cli.training.data import prepared_data
+    from encdec_cli.training.data import shared_data
+    from encdec_cli.training.distributed import joined, shared_cores
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
     try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
-    use_threads(recipe.train.threads)
-    start = Bundle.load(init_from, device) if init_from else None
-    with locked(run), watched() as stop:
-        data, _ = prepared_data(recipe, run, console.say, device)
-        setting = Setting(recipe, data, run, device, stop, console.say, recipe.loaded, start)
-        trainer = Trainer(settle(setting))
-        step, steps = trainer.progress.step, recipe.train.steps
-        if dry_run:
-            console.say(_dry_run(trainer))
-        elif trainer.progress.finished:
-            console.say(
-                f"nothing to do: {run} has finished its {step} updates; raise train.steps to go on, "
-                "or choose another --output to start anew"
-            )
-        else:
-            _tell_memory(trainer)
-            with console.progress("training", steps, step) as bar:
-                trainer.run(TrainingProgress(bar, steps, step).progress)
-            console.say(trainer.account.sentence(trainer.progress))
-            console.say(f"model: {run}")
+    use_threads(recipe.train.threads, shared_cores())
+    start = Bundle.load(init_from) if init_from else None
+    with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
+        say = console.say if ranks.first else _say_nothing
+        with locked(run) if ranks.first else _quiet():
+            data = shared_data(recipe, run, say, ranks, own_device)
+            setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks)
+            trainer = Trainer(settle(setting))
+            if dry_run:
+                say(_dry_run(trainer))
+            else:
+                _run(trainer, recipe.train.steps)
+
+
+def _run(trainer: Trainer, steps: int) -> None:
+    from encdec_cli.cli import console
+    from encdec_cli.cli.progress import TrainingProgress
+
+    setting, step = trainer.setting, trainer.progress.step
+    if trainer.progress.finished:
+        setting.say(
+            f"nothing to do: {setting.run} has finished its {step} updates; raise train.steps to go on, "
+            "or choose another --output to start anew"
+        )
+        return
+    if not setting.ranks.first:
+        trainer.run(lambda *_: None)
+        return
+    _tell_memory(trainer)
+    with console.progress("training", steps, step) as bar:
+        trainer.run(TrainingProgress(bar, steps, step).progress)
+    setting.say(trainer.account.sentence(trainer.progress))
+    setting.say(f"model: {setting.run}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave without words for what all processes know: the first one says it."""
+    from encdec_cli.errors import NonFiniteError, StoppedError, UsageError
+
+    try:
+        yield
+    except (NonFiniteError, StoppedError, UsageError) as error:
+        raise typer.Exit(error.code) from error
+
+
+def _say_nothing(_sentence: str) -> None:
+    """Stand in for `say` in all processes but the first."""
 
 
 def _prove(words: Sequence[str], kills: int, seed: int) -> None:
@@ -135,6 +164,8 @@ def _tell_memory(trainer: Trainer) -> None:
     from encdec_cli.cli import console
     from encdec_cli.training.memory import available
 
+    if trainer.layout.even:  # what a share needs is not predicted
+        return
     need, free = trainer.need(), available(torch.device(trainer.setting.device))
     console.say(f"memory: {_size(need.total)} at most")
     if 0 < free < need.growth:
@@ -147,13 +178,14 @@ def _tell_memory(trainer: Trainer) -> None:
 def _dry_run(trainer: Trainer) -> str:
     from encdec_cli.cli.console import table
 
-    need = trainer.need()
+    need = None if trainer.layout.even else trainer.need()
     parameters, learning, batches = trainer.try_largest()
     some = f", of which {learning:,} learn," if learning < parameters else ""
-    rows = [[name, _size(value)] for name, value in {**vars(need), "total": need.total}.items() if value]
+    parts = {**vars(need), "total": need.total} if need else {}
+    rows = [[name, _size(value)] for name, value in parts.items() if value]
+    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if need else ""
     return (
-        f"memory of the largest update, predicted:\n{table(rows)}\n"
-        f"dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
+        f"{memory}dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
         "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"
     )
 

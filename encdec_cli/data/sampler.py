@@ -165,18 +165,17 @@ class Sampler:
         """Return every batch of an epoch in the order of training; each example is in exactly one."""
         return [self.batch(epoch, position) for position in range(len(self))]
 
-    def place(self, step: int, accumulate: int = 1, world: int = 1) -> tuple[int, int]:
+    def place(self, step: int, accumulate: int = 1) -> tuple[int, int]:
         """Return epoch and position of the first micro-batch of the update after `step` updates."""
-        return divmod(step * accumulate * world, len(self))
+        return divmod(step * accumulate, len(self))
 
-    def updates(self, step: int = 0, accumulate: int = 1, rank: int = 0, world: int = 1) -> Iterator[list[Ints]]:
+    def updates(self, step: int = 0, accumulate: int = 1) -> Iterator[list[Ints]]:
         """Yield the micro-batches of update after update, without end, after the first `step` updates.
 
-        An update takes the next accumulate × world batches, across the end of an epoch where needed, so every
-        update is full and no batch is lost; of these, rank r of `world` gets r, r + world, …
+        An update takes the next `accumulate` batches, across the end of an epoch where needed, so every update is full
+        and no batch is lost. However many processes share it, an update is the same.
         """
         while True:
-            first = step * accumulate * world + rank
-            numbers = range(first, first + accumulate * world, world)
+            numbers = range(step * accumulate, (step + 1) * accumulate)
             yield [self.batch(*divmod(number, len(self))) for number in numbers]
             step += 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
@@ -90,6 +90,14 @@ class Model(nn.Module):
         more. Optional: raises UsageError for a model that has none.
         """
         raise UsageError(f"this model ({type(self).__name__}) has no attention to show.")
+
+    def units(self) -> Sequence[nn.Module]:
+        """Return the large modules, the inner ones first, each used by its call alone.
+
+        Where weights are shared out over processes (`parallel.shard`) they are gathered one at a time, and all that
+        stands in none of them for the whole pass. Optional: without any, the whole model is gathered.
+        """
+        return ()
 
     def untie(self) -> None:
         """Give the output layer a matrix of its own where it shares one, so that it can be replaced apart.

@@ -307,6 +307,11 @@ class Transformer(Model):
             x = layer(x, state, number, self.rotary, mask, seen)
             yield seen[0]
 
+    def units(self) -> list[nn.Module]:
+        """Return the layers, and before them what reads the source for those of the decoder, ahead of their turn."""
+        readers = [layer.cross.joined for layer in self.decoder if isinstance(layer, DecoderLayer)]
+        return [*readers, *self.encoder, *self.decoder]
+
     def untie(self) -> None:
         """Give the output layer a copy of the target embedding, if it shares that."""
         if self.output is None:

@@ -45,13 +45,23 @@ class Account:
         device: on which training runs.
         dtype: of its matrix products.
         progress: what was done before.
+        processes: how many do the work together.
     """
 
-    def __init__(self, run: Path, cost: Cost, device: torch.device, dtype: torch.dtype, progress: Progress) -> None:
+    def __init__(
+        self,
+        run: Path,
+        cost: Cost,
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: Progress,
+        processes: int = 1,
+    ) -> None:
         self.path = run / SPENT
         self.cost = cost
         self.device = device
         self.dtype = dtype
+        self.processes = processes
         self.energy = EnergyMeter(device)
         self.ceiling = 0.0
         """FLOPs a second of large matrix products; 0 before it is measured."""
@@ -79,7 +89,7 @@ class Account:
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
         atomic.write_file(self.path, atomic.json_bytes(self.spent))
         if not self.ceiling and now - self._begin > _PATIENCE:
-            self.ceiling = matrix_ceiling(self.dtype, self.device)
+            self.ceiling = self.processes * matrix_ceiling(self.dtype, self.device)
             self._last = time.perf_counter()
         return {
             "seconds": round(now - self._begin, 1),

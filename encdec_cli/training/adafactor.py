@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class Adafactor:
     There is no average of the gradient. A step is `rate` times this quotient, as Adam's is, and not times the size of
     the weights as in section 8, so that one rate serves all optimizers.
     """
+
+    elementwise: ClassVar[bool] = False
 
     weight_decay: float = 0.0
     """Of tensors of two dimensions or more, apart from the gradient."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Adam:
     torch's fused kernels are called as functions: they are 3 times as fast as its foreach version on a CPU, and the
     classes of `torch.optim` import the compiler, which takes more than a second.
     """
+
+    elementwise: ClassVar[bool] = True
 
     decoupled: bool = True
     """Whether the decay acts on the weights apart from the gradient, as in AdamW."""

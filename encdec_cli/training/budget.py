@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.errors import ResourceError
+from encdec_cli.errors import ResourceError, UsageError
 from encdec_cli.training.memory import available
 from encdec_cli.training.trainer import Setting, Trainer
 
@@ -30,6 +30,8 @@ def settle(setting: Setting) -> Setting:
     before = checkpoint.newest_facts(setting.run / "checkpoints")
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
+    if setting.ranks.world > 1:
+        raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     store = setting.data.store("train")
     longest = 1 + int(max(store.source_lengths.max(initial=0), store.target_lengths.max(initial=0)))
     trainer = Trainer(_with(setting, max(_FIRST, longest)))

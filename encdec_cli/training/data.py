@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from encdec_cli import atomic
 from encdec_cli.bundle.run import data_folder
 from encdec_cli.corpora.synthetic import Synthetic
 from encdec_cli.data.prepare import Prepared, is_current, prepare
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, fingerprint
+
+if TYPE_CHECKING:
+    from encdec_cli.training.distributed import Ranks
 
 
 def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device: str = "cpu") -> tuple[Prepared, bool]:
@@ -34,6 +38,17 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device:
         write_outputs(corpus, run / "synthetic", device, say)
     say(f"preparing data in {folder}")
     return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say, partial(_accept, recipe, run)), True
+
+
+def shared_data(recipe: Recipe, run: Path, say: Callable[[str], None], ranks: Ranks, device: str) -> Prepared:
+    """Return the prepared data for one of several processes: the first makes or checks them, the others open them."""
+    made: list[Prepared] = []
+
+    def make() -> None:
+        made.append(prepared_data(recipe, run, say, device)[0])
+
+    ranks.first_does("the preparation of the data", make, silently=True)
+    return made[0] if made else Prepared.open(data_folder(run))
 
 
 def _accept(recipe: Recipe, run: Path, data_hash: str) -> None:

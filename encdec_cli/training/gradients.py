@@ -65,16 +65,20 @@ class Gradients:
         """Let the threads end."""
         self._pool.shutdown()
 
-    def of(self, batches: Sequence[Batch], weight: float, seed: int) -> Iterator[Gradient]:
+    def of(
+        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Gradient]:
         """Yield loss and gradient of each micro-batch, in order.
 
         Args:
             batches: with targets; on the model's device.
             weight: what the loss is multiplied by for the gradient; the loss is returned without it.
-            seed: of dropout; micro-batch i draws from a stream of its own.
+            seed: of dropout; micro-batch i of the update draws from a stream of its own.
+            numbers: the places of the batches in the update, where other processes have the others.
         """
         self.model.train()
-        jobs = iter([(batch, weight, (seed * 1_000_003 + number) % (1 << 63)) for number, batch in enumerate(batches)])
+        numbered = zip(range(len(batches)) if numbers is None else numbers, batches, strict=True)
+        jobs = iter([(batch, weight, (seed * 1_000_003 + number) % (1 << 63)) for number, batch in numbered])
         if self.workers == 1:
             for job in jobs:
                 yield self._tried(job) or self._in_halves(*job)

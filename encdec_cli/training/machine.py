@@ -9,9 +9,12 @@ import torch
 from encdec_cli.errors import UsageError
 
 
-def use_threads(threads: int) -> int:
-    """Let torch use `threads` threads, or with 0 one for each core this process may use; return the number."""
-    threads = threads or available_cores()
+def use_threads(threads: int, processes: int = 1) -> int:
+    """Let torch use `threads` threads, or with 0 one for each core this process may use; return the number.
+
+    processes: how many share these cores equally.
+    """
+    threads = threads or max(1, available_cores() // processes)
     torch.set_num_threads(threads)
     return threads
 

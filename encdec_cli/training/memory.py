@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.sampler import Ints
-from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import CHUNK
 from encdec_cli.training.meter import read
 from encdec_cli.training.optimizer import Optimizer
@@ -70,7 +70,7 @@ class Need:
 class Forecast:
     """Predicts what a run needs, from the parts that decide it."""
 
-    gradients: Gradients
+    gradients: Computing
     optimizer: Optimizer
     accumulate: int
     """Micro-batches of an update."""

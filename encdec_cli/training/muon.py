@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ class Muon:
     the size that Adam's usually has (0.2 times the rate a weight; Liu et al. 2025, https://arxiv.org/abs/2502.16982,
     equation 4), so one rate serves both.
     """
+
+    elementwise: ClassVar[bool] = False
 
     decay: float = 0.95
     """Of the average of the gradient."""

@@ -7,23 +7,25 @@ from collections.abc import Iterable, Sequence
 
 from encdec_cli.data.batch import Batch
 from encdec_cli.recipe import Train
-from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.layout import Computing
 
 MOST = 10
 """Updates left out in a row, or going back to one checkpoint, after which the run stops whatever the recipe says."""
 _SHOWN = 8
 
 
-def culprits(gradients: Gradients, batches: Sequence[Batch], weight: float, seed: int) -> list[int]:
-    """Return which of the micro-batches has a loss or a gradient of its own that is not finite; all if none has.
+def culprits(
+    gradients: Computing, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int]
+) -> list[int]:
+    """Return the numbers of the micro-batches with a loss or a gradient of their own that is not finite.
 
     Computes each again, as `Gradients.of` did with the same arguments.
     """
     found = []
-    for number, (loss, gradient) in enumerate(gradients.of(batches, weight, seed)):
+    for number, (loss, gradient) in zip(numbers, gradients.of(batches, weight, seed, numbers), strict=True):
         if not (math.isfinite(loss) and all(bool(part.isfinite().all()) for part in gradient if part is not None)):
             found.append(number)
-    return found or list(range(len(batches)))
+    return found
 
 
 def named(batches: Iterable[tuple[int, int, Batch]], every_line: bool) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from encdec_cli.errors import BundleError
+from encdec_cli.errors import BundleError, UsageError
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Weight:
     average: Tensor | None = None
     """The moving average of the master, where one is kept."""
     gradient: Tensor | None = None
+    rows: slice | None = None
+    """Which rows of the parameter these are, if processes share it (`parallel.shard`); None if this one has all."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved of it, by name."""
@@ -35,6 +37,9 @@ class Weight:
 
 class Rule(Protocol):
     """How masters follow gradients."""
+
+    elementwise: ClassVar[bool]
+    """Whether it may be given some rows of a weight and do with them what it would do with the whole."""
 
     def moments(self, master: Tensor) -> dict[str, Tensor]:
         """Return what it remembers of a weight before the first update, by name."""
@@ -66,7 +71,7 @@ class Optimizer:
         self._groups: list[tuple[Rule, list[Weight]]] = []
         self._frozen: list[Weight] = []
         for rule, parameters in rules:
-            named = [Weight(name, parameter, parameter.detach().float()) for name, parameter in parameters]
+            named = [_new_weight(rule, name, parameter) for name, parameter in parameters]
             self._frozen += [weight for weight in named if not weight.parameter.requires_grad]
             weights = [weight for weight in named if weight.parameter.requires_grad]
             for weight in weights:
@@ -92,16 +97,30 @@ class Optimizer:
             else:
                 weight.gradient += gradient
 
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield the collected gradients, zeros where there is none, to be summed in place over processes.
+
+        Those of shared weights are sums already.
+        """
+        for weight in self._weights:
+            if weight.gradient is None:
+                weight.gradient = torch.zeros_like(weight.master)
+            if weight.rows is None:
+                yield weight.gradient
+
     @torch.no_grad()
-    def clip(self, limit: float = 0.0) -> float:
+    def clip(self, limit: float = 0.0, total: Callable[[float], float] = float) -> float:
         """Scale the collected gradients to a global norm of at most `limit` (0: no limit); return the norm before.
 
-        If the norm is infinite or not a number nothing is scaled, and `step` must not be called.
+        total: returns the sum of a number over all processes that share the weights. If the norm is infinite or not a
+        number nothing is scaled, and `step` must not be called.
         """
         gradients = [weight.gradient for weight in self._weights if weight.gradient is not None]
         if not gradients:
             return 0.0
         norm = float(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm())
+        if self.rows():
+            norm = math.sqrt(total(norm * norm))
         if limit and math.isfinite(norm) and norm + 1e-6 > limit:
             for gradient in gradients:
                 gradient.mul_(limit / (norm + 1e-6))
@@ -130,6 +149,11 @@ class Optimizer:
         """Forget the collected gradients; the weights stay as they are."""
         for weight in self._weights:
             weight.gradient = None
+
+    def rows(self) -> dict[str, slice]:
+        """Return the names in `state()` of which this process has some rows only, and which."""
+        shared = ((weight.rows, weight.state()) for weight in self._weights if weight.rows is not None)
+        return {name: rows for rows, state in shared for name in state}
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
@@ -185,6 +209,27 @@ class Optimizer:
             _publish(weight)
 
 
+def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
+    own, rows = _own(parameter)
+    if rows is not None and not rule.elementwise:
+        raise UsageError(
+            f"train.optimizer: {type(rule).__name__} needs whole matrices, and parallel.shard leaves each process some "
+            "rows of them; use adamw, or parallel.shard=false."
+        )
+    return Weight(name, parameter, own.detach().float(), rows=rows)
+
+
+def _own(parameter: Any) -> tuple[Tensor, slice | None]:
+    """Return what this process has of a parameter, and which rows these are; None if it has all of them."""
+    if not hasattr(parameter, "to_local"):  # a DTensor by its method: its module takes seconds to import
+        return parameter, None
+    mesh = parameter.device_mesh
+    most = -(-len(parameter) // mesh.size())
+    begin = min(len(parameter), most * mesh.get_local_rank())
+    own: Tensor = parameter.to_local()
+    return own, slice(begin, begin + len(own))
+
+
 def _publish(weight: Weight) -> None:
-    if weight.parameter.data_ptr() != weight.master.data_ptr():
+    if weight.rows is None and weight.parameter.data_ptr() != weight.master.data_ptr():
         weight.parameter.copy_(weight.master)

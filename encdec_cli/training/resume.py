@@ -17,7 +17,7 @@ _FIXED = ("model", "lora")
 _FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed", "ema", "freeze")
 
 
-def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:
+def facts(recipe: Recipe, data_hash: str, precision: str, processes: int = 1) -> dict[str, Any]:
     """Return what a checkpoint tells of its run: all that decides the bytes of the weights."""
     plugins = {plugin.path.name: plugin.sha256[:12] for plugin in recipe.loaded}
     return {
@@ -25,6 +25,7 @@ def facts(recipe: Recipe, data_hash: str, precision: str) -> dict[str, Any]:
         "data_hash": data_hash,
         "precision": precision,
         "threads": torch.get_num_threads(),
+        "processes": processes,
         "versions": {"encdec": __version__, "torch": str(torch.__version__), **plugins},
     }
 
@@ -73,6 +74,7 @@ def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
     flat = _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
     flat["teacher"] = facts_.get("teacher")
+    flat["processes"] = facts_.get("processes", 1)
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}
 
 

@@ -6,10 +6,10 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,13 +29,14 @@ from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import flops, nonfinite, precision, resume
 from encdec_cli.training.account import Account, work
+from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.feed import Feed
-from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.initial import take_weights
 from encdec_cli.training.keeper import Keeper
+from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
-from encdec_cli.training.lora import adapt, merged
+from encdec_cli.training.lora import adapt
 from encdec_cli.training.memory import Forecast, Need
 from encdec_cli.training.meter import read
 from encdec_cli.training.objective import CrossEntropy, make_objective
@@ -44,8 +45,12 @@ from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation
 
+T = TypeVar("T")
 Show = Callable[[int, float, int, "float | None"], None]
 """Is told of each update: its number, loss per target token, target tokens, and the best validation score."""
+
+Job = tuple[Sequence[Batch], float, int, Sequence[int]]
+"""What `Gradients.of` is given."""
 
 
 @dataclass
@@ -61,6 +66,8 @@ class Setting:
     """Is given sentences for the user."""
     plugins: Sequence[Plugin] = ()
     init_from: Bundle | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together."""
 
 
 class Trainer:
@@ -68,6 +75,7 @@ class Trainer:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
+        self.ranks = setting.ranks
         self.train: Train = setting.recipe.train
         self.run_folder = setting.run
         self.progress = Progress()
@@ -79,33 +87,37 @@ class Trainer:
                 setting.say(sentence)
         adapt(model, setting.recipe.lora)
         freeze(model, self.train.freeze)
-        self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         self.model = model
         self._set_checkpointing()
-        chosen = precision.choose(self.train.precision, setting.device)
         self.store = setting.data.store("train")
+        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
+        self.layout = make_layout(setting.recipe, self.ranks)
+        self._check_sizes()
+        if self.layout.even:
+            _ = self.formula  # which shares of a model do not tell
+        chosen = precision.choose(self.train.precision, setting.device)
+        whole = self.layout.whole(model, chosen)
+        self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
         self.feed = Feed(self.bundle, setting.data)
         self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
-        chosen.apply(model)
+        chosen.apply(whole)
         self.precision = chosen.name
-        lengths = self.store.source_lengths, self.store.target_lengths
-        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
-        self._check_positions()
-        gradients = model, self.optimizer.parameters, make_objective(self.bundle, self.store), self.train.accumulate
-        self.gradients = Gradients(*gradients, say=setting.say)
+        most = len(self.ranks.share(range(self.train.accumulate)))
+        parts = model, self.optimizer.parameters, make_objective(self.bundle, self.store), most
+        self.gradients = self.layout.gradients(*parts, say=setting.say)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
-        self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision)
+        self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
         if teacher := setting.recipe.teacher.model:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         self.log = Log(setting.run / "log.jsonl")
-        known = {"length_ratios": usual_ratios(*lengths)}
+        known = {"length_ratios": usual_ratios(self.store.source_lengths, self.store.target_lengths)}
         told = setting.stop, setting.say, self._write_log
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
         self._resume()
-        device = torch.device(setting.device)
-        self.account = Account(setting.run, setting.recipe.cost, device, chosen.dtype, self.progress)
+        machine = torch.device(setting.device), chosen.dtype
+        self.account = Account(setting.run, setting.recipe.cost, *machine, self.progress, self.ranks.world)
 
     def _set_checkpointing(self) -> None:
         if self.train.checkpointing and not self.model.can_checkpoint:
@@ -119,7 +131,7 @@ class Trainer:
     def formula(self) -> flops.Formula:
         """What the FLOPs of a micro-batch are, from its shape; computing layers again is no work of the model."""
         objective = CrossEntropy(self.train.label_smoothing)  # what R-Drop, a teacher and the like add is left out
-        count = partial(read, self.model, objective, self.optimizer.parameters)
+        count = partial(read, self.model, objective, [p for p in self.model.parameters() if p.requires_grad])
         sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
         device = self.setting.device
         self.model.checkpointing = False
@@ -141,24 +153,28 @@ class Trainer:
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
-        atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
         progress = self.progress
-        self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
+        if self.ranks.first:
+            atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
+            self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
         updates = self.sampler.updates(progress.step, self.train.accumulate)
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
-            if self._is_over():
+            stop = self.ranks.total(f"update {progress.step}", bool(self.setting.stop)) > 0
+            over = not stop and self._is_over()
+            if over:
                 self._finish()
-            if self._unsaved and (self._must_save() or self.setting.stop):
+            if self._unsaved and (self._must_save() or stop):
                 self._save()
-            if self.setting.stop:
+            if stop:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
-            if not progress.finished:
+            if not over:
                 self.update(next(updates), show)
 
-    def _check_positions(self) -> None:
+    def _check_sizes(self) -> None:
+        """Refuse examples too long for the model, and updates that the processes cannot share."""
         stores = (self.store, self.setting.data.store("valid"))
         lengths = [each for store in stores for each in (store.source_lengths, store.target_lengths)]
         longest = 1 + max(int(each.max(initial=0)) for each in lengths)
@@ -168,6 +184,14 @@ class Trainer:
                 f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
                 "it, or lower text.max_source and text.max_target."
             )
+        parts, world = self.train.accumulate, self.ranks.world
+        if parts < world or (parts % world and self.layout.even):
+            raise UsageError(
+                f"train.accumulate: {world} processes cannot share an update of {parts} micro-batches; it must be a "
+                f"multiple of {world}, with a smaller train.tokens if the update is to stay as large as it was."
+            )
+        if parts % world:
+            self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
 
     def try_largest(self) -> tuple[int, int, int]:
         """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
@@ -178,7 +202,8 @@ class Trainer:
         largest = self._first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
         list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
         self.gradients.close()
-        self.validation.try_longest(self.bundle)
+        if self.ranks.first:
+            self.validation.try_longest(self.bundle)
         weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
         return weights, learning, len(self.sampler)
 
@@ -200,23 +225,24 @@ class Trainer:
         return self._due(self.train.save_every) or progress.finished or progress.validated == progress.step
 
     def _is_over(self) -> bool:
-        if self.setting.stop:
-            return False
         patience = self.train.patience
         return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
 
     def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
-        loaded = [self.feed(rows, step) for rows in batches]
-        tokens = sum(int(batch.target_lengths.sum()) for batch in loaded)
+        what, numbers = f"update {step}", self.ranks.share(range(len(batches)))
+        loaded = [self.feed(batches[number], step) for number in numbers]
+        tokens, *counts = self._count(what, loaded)
         loss = 0.0
         # A seed of its own for each update: no random state has to be saved.
-        job = loaded, 1 / tokens, self.train.seed * 1_000_003 + step
+        job = loaded, 1 / tokens, self.train.seed * 1_000_003 + step, numbers
         for part, gradient in self.gradients.of(*job):
             self.optimizer.collect(gradient)
             loss += part
-        norm = self.optimizer.clip(self.train.clip)
+        loss = self.ranks.total(what, loss)
+        self.ranks.sum(what, self.optimizer.gradients())
+        norm = self.optimizer.clip(self.train.clip, partial(self.ranks.total, what))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._leave_out(f"loss {loss}, gradient norm {norm}", batches, job)
             return
@@ -226,10 +252,24 @@ class Trainer:
         progress.tokens += tokens
         progress.loss += loss
         progress.loss_tokens += tokens
-        self._count(loaded)
+        progress.flops += counts[0]
+        progress.positions += counts[1]
+        progress.real += counts[2]
         show(step, loss / tokens, tokens, progress.best)
         if step % self.train.log_every == 0:
             self._log_training(rate, norm)
+
+    def _count(self, what: str, batches: Sequence[Batch]) -> list[int]:
+        """Return target tokens, FLOPs, positions and real tokens of an update, of all processes; EOS is a token."""
+        counts = torch.zeros(4, dtype=torch.float64)
+        for batch in batches:
+            (rows, source), target, real = batch.source.shape, batch.known_target.shape[1] - 1, batch.target_lengths
+            tokens = int(real.sum())
+            flops = self.formula.flops_of(rows, source, target, tokens)
+            new = [tokens, flops, rows * (source + target), int(batch.source_mask.sum()) + tokens]
+            counts += torch.tensor(new, dtype=torch.float64)
+        self.ranks.sum(what, [counts])
+        return [int(count) for count in counts.tolist()]
 
     def _passed(self, batches: Sequence[Ints]) -> None:
         """Note that the update with these examples is behind us."""
@@ -238,16 +278,19 @@ class Trainer:
         progress.order = hashlib.sha256(progress.order.encode() + np.concatenate(batches).tobytes()).hexdigest()
         self._unsaved = True
 
-    def _leave_out(self, found: str, batches: Sequence[Ints], job: tuple[Sequence[Batch], float, int]) -> None:
+    def _leave_out(self, found: str, batches: Sequence[Ints], job: Job) -> None:
         """Go on after an update whose gradient is not finite, as `train.on_nan` says, or raise NonFiniteError.
 
         A rollback takes the weights back and the data forward: with the same data it would end at the same place.
         """
         progress, train, step = self.progress, self.train, self.progress.step + 1
         self.optimizer.forget()
+        bad = torch.zeros(len(batches), dtype=torch.float64)
+        bad[nonfinite.culprits(self.gradients, *job)] = 1
+        self.ranks.sum(f"update {step}", [bad])
+        parts = bad.nonzero().flatten().tolist() or range(len(batches))
         first = progress.step * train.accumulate
-        parts = nonfinite.culprits(self.gradients, *job)
-        places = [(*divmod(first + part, len(self.sampler)), job[0][part]) for part in parts]
+        places = [(*divmod(first + part, len(self.sampler)), self.feed(batches[part], step)) for part in parts]
         counts = self.setting.data.facts["splits"]["train"]
         what = f"update {step}: {found}, from {nonfinite.named(places, counts['read'] == counts['kept'])}"
         back_to = nonfinite.anchor(train, checkpoint.steps(self.checkpoints))
@@ -259,20 +302,12 @@ class Trainer:
                 "lower train.rate, raise train.warmup, or use train.precision=fp32."
             )
         if train.on_nan == "rollback" and back_to is not None:
-            self._take(checkpoint.load(self.checkpoints, back_to).tensors)
+            self._take(checkpoint.load(self.checkpoints, back_to, self.optimizer.rows()).tensors)
         done = "left out" if train.on_nan == "skip" else f"left out, with all updates after {back_to}"
         self.setting.say(f"{what}; {done}")
         progress.skipped.append(step)
         self._passed(batches)
         self._write_log("non_finite", {"found": found, "done": done})
-
-    def _count(self, batches: Sequence[Batch]) -> None:
-        """Note the work of an update; EOS counts as a token."""
-        for batch in batches:
-            (rows, source), target, real = batch.source.shape, batch.known_target.shape[1] - 1, batch.target_lengths
-            self.progress.flops += self.formula.flops_of(rows, source, target, int(real.sum()))
-            self.progress.positions += rows * (source + target)
-            self.progress.real += int(batch.source_mask.sum() + real.sum())
 
     def _log_training(self, rate: float, norm: float) -> None:
         progress = self.progress
@@ -289,53 +324,70 @@ class Trainer:
 
     def _validate(self) -> None:
         with self.optimizer.averages_in_use():
-            self._unsaved |= self.keeper.judge(self.bundle, self.progress, self._weights)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The weights of a bundle at full precision: those of the optimizer, and buffers as the model has them."""
-        state = {
-            name: value.float() if value.is_floating_point() else value
-            for name, value in self.model.state_dict().items()
-        }
-        return merged(self.model, state | self.optimizer.masters() | self.optimizer.averages())
+            weights = self.layout.weights(self.model, self.optimizer, self.bundle.model)
+            judge = partial(self.keeper.judge, self.bundle, self.progress, weights)
+            self._unsaved |= self._let_first("the validation", judge)
 
     def _finish(self) -> None:
-        if self.keeper.finish(self.bundle, self.progress, self._weights):
+        weights = self.layout.weights(self.model, self.optimizer, self.bundle.model)
+        finish = partial(self.keeper.finish, self.bundle, self.progress, weights)
+        if self._let_first("the end of training", finish):
             self._unsaved = self.progress.finished = True
 
+    def _let_first(self, what: str, work: Callable[[], T]) -> T:
+        """Let the first process do what reads or writes the run's files; what it makes of `Progress` is then all's."""
+
+        def done() -> tuple[T, dict[str, Any]]:
+            return work(), asdict(self.progress)
+
+        result, progress = self.ranks.first_does(f"{what} after update {self.progress.step}", done)
+        vars(self.progress).update(progress)
+        return result
+
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
+        if self.ranks.first:
+            self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
         self.progress.log_lines += 1
 
     def _save(self) -> None:
         state = self.optimizer.state() | {
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
-        self.log.sync()
-        checkpoint.save(self.checkpoints, Checkpoint(self.progress, state, self.facts))
+        if self.ranks.first:
+            self.log.sync()
+        self.layout.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.optimizer.rows())
+        self._let_first("the checkpoint", partial(self.keeper.publish, self.progress))
         self._unsaved = False
-        self.keeper.publish(self.progress)
 
     def _resume(self) -> None:
+        step = self._let_first("the start", self._recover)
+        if step is None:
+            if self.setting.recipe.lora.rank and self.setting.init_from is None:
+                raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
+            return
+        found = checkpoint.read(self.checkpoints, step, self.optimizer.rows())
+        resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
+        self.progress = found.progress
+        self.progress.finished = found.progress.finished and self._is_over()
+        self._let_first("the start", self._go_on)
+        self._take(found.tensors)
+        if not self.progress.finished:
+            self.setting.say(f"going on from update {self.progress.step} of {self.train.steps}")
+
+    def _recover(self) -> int | None:
+        """Bring the folder in order; return the update of the newest whole checkpoint."""
         for folder in (self.checkpoints, self.keeper.folder):
             checkpoint.recover(folder)
         recover(self.run_folder)
-        say = self.setting.say
-        found = checkpoint.load_newest(self.checkpoints, say)
-        if found is None:
-            if self.setting.recipe.lora.rank and self.setting.init_from is None:
-                raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
+        step = checkpoint.newest(self.checkpoints, self.setting.say)
+        if step is None:
             self.log.keep(0)
-            return
-        resume.check(found.facts, self.facts, self.run_folder, say)
-        self.log.keep(found.progress.log_lines)
-        self.progress = found.progress
-        self.progress.finished = found.progress.finished and self._is_over()
+        return step
+
+    def _go_on(self) -> None:
+        self.log.keep(self.progress.log_lines)
         self.keeper.forget_lost(self.progress)
         self.keeper.publish(self.progress)
-        self._take(found.tensors)
-        if not self.progress.finished:
-            say(f"going on from update {self.progress.step} of {self.train.steps}")
 
     def _take(self, state: Mapping[str, Tensor]) -> None:
         """Take over weights, moments and buffers of a checkpoint."""

@@ -1,0 +1,147 @@
+"""Which process has which part of the model: all of it each, or (`training/sharding.py`) a share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.checkpoint import Checkpoint
+from encdec_cli.data.batch import Batch
+from encdec_cli.errors import ResourceError, UsageError
+from encdec_cli.models.model import Model
+from encdec_cli.recipe import Recipe
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.gradients import Gradient, Gradients
+from encdec_cli.training.lora import merged
+from encdec_cli.training.objective import Objective
+from encdec_cli.training.optimizer import Optimizer
+from encdec_cli.training.precision import Precision
+
+
+class Computing(Protocol):
+    """Computes micro-batches; see `Gradients`."""
+
+    model: Model
+    parameters: Sequence[nn.Parameter]
+    objective: Objective
+    workers: int
+
+    def close(self) -> None:
+        """End what was started for it."""
+
+    def of(
+        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Gradient]:
+        """Yield loss and gradient of each micro-batch, in order."""
+
+
+class Layout(Protocol):
+    """How the processes of a run hold its model."""
+
+    even: bool
+    """Whether all processes must have equally many micro-batches."""
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Keep of an fp32 model on its device what this process trains; return one to judge and publish.
+
+        It is the same model, or with shares another one, and only the first process has that. Cast it after the
+        optimizer is built.
+        """
+
+    def gradients(
+        self,
+        model: Model,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        most: int,
+        say: Callable[[str], None],
+    ) -> Computing:
+        """Return what computes micro-batches, at most so many an update, for these parameters; see `Gradients`."""
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Bring the weights into the whole model; return what gives them at full precision to the first process.
+
+        Every process must call it.
+        """
+
+    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+        """Commit a checkpoint of what each process has.
+
+        shared: the names of those tensors of which a process has some rows only.
+        """
+
+
+class Replicated:
+    """Every process has the whole model, and all have the same."""
+
+    even = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Return the model itself; see `Layout`."""
+        return model
+
+    def gradients(
+        self,
+        model: Model,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        most: int,
+        say: Callable[[str], None],
+    ) -> Gradients:
+        """Return what computes micro-batches, side by side where it can be; see `Layout`."""
+        return Gradients(model, parameters, objective, most, say)
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Return what gives the weights of the optimizer, and buffers as the model has them; see `Layout`."""
+
+        def named() -> dict[str, Tensor]:
+            state = model.state_dict().items()
+            values = {name: value.float() if value.is_floating_point() else value for name, value in state}
+            return merged(model, values | optimizer.masters() | optimizer.averages())
+
+        return named
+
+    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+        """Let the first process write it, if all have the same; see `Layout`."""
+        what = f"the checkpoint after update {own.progress.step}"
+        if self.ranks.world > 1:
+            mark = _mark(own.tensors.values())
+            if self.ranks.total(what, mark) != mark * self.ranks.world:
+                raise ResourceError(
+                    f"process {self.ranks.rank}: the processes have come to different weights; nothing was saved since "
+                    "the last checkpoint. Use machines of one kind with the same versions, and start all again."
+                )
+        self.ranks.first_does(what, lambda: checkpoint.save(folder, own))
+
+
+def _mark(tensors: Iterable[Tensor]) -> int:
+    """Return a number below 2^40 that equal bits give on every machine, whatever the order in which it adds."""
+    words = [t.contiguous().view(torch.int32) for t in tensors if t.dtype == torch.float32]
+    return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
+
+
+def make_layout(recipe: Recipe, ranks: Ranks) -> Layout:
+    """Return the layout of a run; one process alone has all. Raises UsageError for what shares cannot do."""
+    if not (recipe.parallel.shard and ranks.world > 1):
+        return Replicated(ranks)
+    whole = {
+        "train.checkpointing": recipe.train.checkpointing,
+        "train.ema": recipe.train.ema,
+        "train.freeze": recipe.train.freeze,
+        "lora.rank": recipe.lora.rank,
+        "guide.weight": recipe.guide.weight,
+        "risk.metric": recipe.risk.metric,
+    }
+    if asked := [key for key, value in whole.items() if value]:
+        raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")
+    from encdec_cli.training.sharding import Sharded  # noqa: PLC0415 - it takes seconds
+
+    return Sharded(ranks)

@@ -1,0 +1,136 @@
+"""A share of weights, gradients and optimizer state for each process, gathered part by part: PyTorch's FSDP2.
+
+Zhao et al. 2023, https://arxiv.org/abs/2304.11277, after ZeRO (https://arxiv.org/abs/1910.02054): every process keeps
+some rows of each fp32 weight. A unit of the model is gathered, in the type of the computation, when it is used, and
+its gradients go as sums to those who keep the rows.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.checkpoint import Checkpoint
+from encdec_cli.data.batch import Batch
+from encdec_cli.models.dropout import drawing
+from encdec_cli.models.model import Model
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.objective import Objective
+from encdec_cli.training.optimizer import Optimizer
+from encdec_cli.training.precision import Precision
+
+
+class Sharded:
+    """Every process has some rows of each weight."""
+
+    even = True
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
+        copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
+        # It warns of views that are changed in place; no layer here changes what another returned.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+        mesh = init_device_mesh(next(model.parameters()).device.type, (self.ranks.world,))
+        policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
+        for unit in (*model.units(), model):
+            fully_shard(unit, mesh=mesh, mp_policy=policy)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        return copy
+
+    def gradients(
+        self,
+        model: Model,
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        most: int,
+        say: Callable[[str], None],
+    ) -> ShardedGradients:
+        """Return what computes micro-batches in turn; see `Layout`."""
+        return ShardedGradients(model, parameters, objective, self.ranks)
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Gather the weights in the memory of the first process, tensor by tensor; see `Layout`."""
+        named = {}
+        with self.ranks.computing("gathering the weights"):
+            for name, value in model.state_dict().items():
+                full = value.full_tensor() if isinstance(value, DTensor) else value
+                if self.ranks.first:
+                    named[name] = full.cpu()
+        if self.ranks.first:
+            whole.load_state_dict(named)
+        return lambda: named
+
+    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+        """Let each process write its rows, and the first the rest; commit when all have written."""
+        what = f"the checkpoint after update {own.progress.step}"
+        with checkpoint.saving(folder, own) if self.ranks.first else nullcontext() as temporary:
+            place = Path(self.ranks.first_does(what, lambda: str(temporary)))
+            mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
+            checkpoint.write_part(place, mine, self.ranks.rank, self.ranks.world)
+            self.ranks.meet(what)
+
+
+class ShardedGradients:
+    """Computes micro-batches in turn and gives this process's rows of the sum of all processes' gradients.
+
+    Its calls are those of `Gradients`; every process must ask for as many micro-batches.
+    """
+
+    workers = 1
+
+    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self.model = model
+        self.parameters = parameters
+        self.objective = objective
+
+    def close(self) -> None:
+        """Do nothing: there are no threads."""
+
+    def of(
+        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Gradient]:
+        """Yield the loss of each micro-batch of this process, and the sum of gradients it is part of."""
+        self.model.train()
+        for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
+            own_seed = (seed * 1_000_003 + number) % (1 << 63)
+            torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
+            with self.ranks.computing("a micro-batch"):
+                with drawing(own_seed):
+                    loss = self.objective(self.model, batch, _Gathered(self.model), weight)
+                loss.backward()  # type: ignore[no-untyped-call]
+            gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+            for parameter in self.parameters:
+                parameter.grad = None
+            yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
+
+
+class _Gathered(Sequence[nn.Parameter]):
+    """The parameters as they are when somebody looks: those of a gathered unit are whole."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self.model.parameters())
+
+    def __getitem__(self, index: Any) -> Any:
+        return list(self.model.parameters())[index]
