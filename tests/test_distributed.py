@@ -43,8 +43,19 @@ import time
 from encdec_cli.bundle import checkpoint
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import models
+from encdec_cli.training.trainer import Trainer
 
 seen = {"update": 0, "judge": 0, "save": 0}
+updating = []
+
+
+def update(trainer, *arguments, whole=Trainer.update):
+    updating.append(trainer)
+    whole(trainer, *arguments)
+    updating.clear()
+
+
+Trainer.update = update
 
 
 def perhaps(place):
@@ -71,7 +82,7 @@ class Faulty(Transformer):
         pass
 
     def encode(self, source, mask):
-        if perhaps("update" if self.training else "judge"):
+        if (updating or not self.training) and perhaps("update" if self.training else "judge"):
             self.target_embedding.weight.data[5, 5] += 1
         return super().encode(source, mask)
 

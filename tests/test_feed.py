@@ -49,7 +49,7 @@ def feed(tokenizer, store):
         sections = {"task": {"name": "translation"}, "data": {"name": "cldr"}, "text": text, "regularize": noise}
         network = Transformer(Transformer.Config(1, 1, 8, 2, 8), len(tokenizer.vocabulary), len(tokenizer.vocabulary))
         data = Prepared(Path(), {}, tokenizer, tokenizer, {"train": store})
-        return Feed(Bundle(recipe.from_resolved(sections), network, tokenizer, tokenizer), data)
+        return Feed(Bundle(recipe.from_resolved(sections), network, tokenizer, tokenizer), data, "cpu")
 
     return make
 

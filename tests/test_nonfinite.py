@@ -30,8 +30,8 @@ def poisoned(made: Trainer, updates: set[int], value: float, in_loss: bool = Tru
     """Let one micro-batch of some updates have a loss, or else a gradient, that is `value`."""
     clean = made.gradients.of
 
-    def of(batches, weight, seed):
-        for number, (loss, gradient) in enumerate(clean(batches, weight, seed)):
+    def of(batches, weight, seed, numbers):
+        for number, (loss, gradient) in enumerate(clean(batches, weight, seed, numbers)):
             bad = number == part and seed - SEED in updates
             if bad and not in_loss:
                 gradient[3].view(-1)[0] = value
@@ -117,9 +117,9 @@ def test_rollback_takes_the_weights_back_and_the_data_forward(recipe, clean, tmp
     made = poisoned(trainer(recipe, tmp_path / "run", *overrides), {8}, math.inf, in_loss=False)
     before, own = {}, made.gradients.of
 
-    def watched(batches, weight, seed):
+    def watched(batches, weight, seed, numbers):
         before[seed - SEED] = {f"master.{name}": value.clone() for name, value in made.optimizer.masters().items()}
-        return own(batches, weight, seed)
+        return own(batches, weight, seed, numbers)
 
     made.gradients.of = watched
     made.run(ignore)

@@ -30,11 +30,12 @@ class Feed:
     Args:
         bundle: the model that learns, its tokenizers and its recipe.
         data: the training examples.
+        device: where the batches are wanted.
     """
 
-    def __init__(self, bundle: Bundle, data: Prepared) -> None:
+    def __init__(self, bundle: Bundle, data: Prepared, device: str) -> None:
         recipe = bundle.recipe
-        self._device, self._store = bundle.device, data.store("train")
+        self._device, self._store = device, data.store("train")
         self._links = Links(bundle, data, recipe.guide.alignments) if recipe.guide.weight else None
         self._seed, self._noise = recipe.train.seed, recipe.regularize
         self._limits = bundle.longest_source, bundle.longest_target

@@ -139,6 +139,7 @@ def make_layout(recipe: Recipe, ranks: Ranks) -> Layout:
         "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,
+        "teacher.model": recipe.teacher.model,
     }
     if asked := [key for key, value in whole.items() if value]:
         raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")

@@ -114,16 +114,17 @@ class Mixture:
         return torch.stack(losses).sum()
 
 
-def make_objective(bundle: Bundle, store: Store) -> Objective:
+def make_objective(bundle: Bundle, store: Store, device: str) -> Objective:
     """Return the objective of a recipe: what its `train`, `regularize`, `teacher`, `guide` and `risk` add up to.
 
     Args:
         bundle: the model that learns, on its device, and its recipe. Raises UsageError if it has no head to guide.
         store: the training examples.
+        device: where it is computed.
     """
     recipe, smoothing, prior = bundle.recipe, bundle.recipe.train.label_smoothing, None
     if recipe.regularize.smoothing_prior == "unigram":
-        prior = _unigram(store, len(bundle.target.vocabulary)).to(bundle.device)
+        prior = _unigram(store, len(bundle.target.vocabulary)).to(device)
     objective: Objective = CrossEntropy(smoothing, prior)
     if recipe.teacher.model and recipe.regularize.rdrop:
         raise UsageError("regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null.")

@@ -98,12 +98,12 @@ class Trainer:
         chosen = precision.choose(self.train.precision, setting.device)
         whole = self.layout.whole(model, chosen)
         self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
-        self.feed = Feed(self.bundle, setting.data)
+        self.feed = Feed(self.bundle, setting.data, setting.device)
         self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
         most = len(self.ranks.share(range(self.train.accumulate)))
-        parts = model, self.optimizer.parameters, make_objective(self.bundle, self.store), most
+        parts = model, self.optimizer.parameters, make_objective(self.bundle, self.store, setting.device), most
         self.gradients = self.layout.gradients(*parts, say=setting.say)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
