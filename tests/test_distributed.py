@@ -50,7 +50,7 @@ updating = []
 
 
 def update(trainer, *arguments, whole=Trainer.update):
-    updating.append(trainer)
+    updating.append(trainer.formula)  # found before anything counts
     whole(trainer, *arguments)
     updating.clear()
 
