@@ -337,9 +337,10 @@ def test_the_command_adds_pairs_after_each_output(copy_run):
     ],
 )
 def test_a_head_that_is_not_there_is_refused_before_anything_is_read(copying, named, told):
-    from encdec_cli.cli.scoring import choose_head
+    from encdec_cli.cli.scoring import check_head, choose_head
 
     with pytest.raises(UsageError, match=told):
+        check_head(named)
         choose_head(copying, named)
 
 

@@ -135,7 +135,7 @@ def test_decoder_layer_equals_torch(order, activation):
     source, x = torch.randn(3, 6, DIM), torch.randn(3, 5, DIM)
     state = model.start(Memory(source, MASK))
     expected = theirs(x, source, tgt_mask=ahead(5), memory_key_padding_mask=~MASK)
-    close(model.decoder[0](x, state, 0, None), expected)
+    close(model.decoder[0](x, state, 0, None, state.ancestry.extend(5, x)), expected)
 
 
 @ORDERS

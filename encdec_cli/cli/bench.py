@@ -28,11 +28,13 @@ def bench(
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,N,…", help="Sentences decoded together; 0 is the usual number.")
     ] = "0",
-    lines: Annotated[int, typer.Option("--lines", min=1, help="Test lines to decode in each setting.")] = 200,
+    lines: Annotated[int, typer.Option("--lines", metavar="N", min=1, help="Test lines to decode each time.")] = 200,
     within: Annotated[
-        float, typer.Option("--within", min=0.0, help="Points of the metric that speed may cost; see below.")
+        float, typer.Option("--within", metavar="POINTS", min=0.0, help="What speed may cost; see below.")
     ] = 1.0,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.0, help="Seconds of training to measure.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="SECONDS", min=0.0, help="How long to train for the measure.")
+    ] = 5.0,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object with every number.")] = False,
     device: DeviceOption = "cpu",
     plugin: PluginOption = None,

@@ -47,7 +47,7 @@ class QuantisedLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         # In the type of x, so that the last product is one of equal types; the levels make good what it is rounded by.
         scale = flat.abs().amax(1, keepdim=True).clamp_(min=_SMALLEST).div_(LEVELS)
-        levels = flat.float().div_(scale.float()).round_().to(torch.int8)
+        levels = (flat.float() / scale.float()).round_().to(torch.int8)
         # The kernels of most processors want numbers without a sign: 128 more, which is then the zero point.
         unsigned = levels.view(torch.uint8).bitwise_xor_(128)
         products: Tensor = _ops().qlinear_pointwise(
