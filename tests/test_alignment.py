@@ -333,15 +333,20 @@ def test_the_command_adds_pairs_after_each_output(copy_run):
     [
         ("1", "the model's 1 decoder layers are 0 to 0"),
         ("0.2", "the 2 heads of layer 0 are 0 to 1"),
-        ("first", "expected best, a decoder layer such as 3, or a head of one, 3.1"),
     ],
 )
 def test_a_head_that_is_not_there_is_refused_before_anything_is_read(copying, named, told):
-    from encdec_cli.cli.scoring import check_head, choose_head
+    from encdec_cli.cli.scoring import choose_head
 
     with pytest.raises(UsageError, match=told):
-        check_head(named)
         choose_head(copying, named)
+
+
+def test_what_names_no_head_is_refused_without_a_model():
+    from encdec_cli.cli.scoring import check_head
+
+    with pytest.raises(UsageError, match="expected best, a decoder layer such as 3, or a head of one, 3.1"):
+        check_head("first")
 
 
 def test_without_validation_data_a_head_must_be_named(copying):
