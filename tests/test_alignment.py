@@ -345,7 +345,7 @@ def test_a_head_that_is_not_there_is_refused_before_anything_is_read(copying, na
 def test_what_names_no_head_is_refused_without_a_model():
     from encdec_cli.cli.scoring import check_head
 
-    with pytest.raises(UsageError, match="expected best, a decoder layer such as 3, or a head of one, 3.1"):
+    with pytest.raises(UsageError, match=r"expected best, a decoder layer such as 3, or a head of one, 3\.1"):
         check_head("first")
 
 
