@@ -330,7 +330,7 @@ def test_one_example_for_two_processes(forks, tmp_path):
 def test_an_update_that_cannot_be_shared_is_refused_once(forks, corpus, tmp_path):
     commands = launch(forks, 2, corpus, *SMALL, "--output", tmp_path / "run")
     assert [command.wait() for command in commands] == [2, 2]
-    assert "train.accumulate: 2 processes cannot share an update of 1" in commands[0].stderr
+    assert "train.accumulate: 2 processes cannot share an update in 1 part" in commands[0].stderr
     assert commands[1].stderr == ""
 
 

@@ -75,7 +75,7 @@ def test_it_stops_before_the_update_with_the_batch_and_its_rows(recipe, clean, t
     epoch, position = divmod(number, len(made.sampler))
     rows = made.sampler.batch(epoch, position)
     assert said.startswith(f"update {step}: ")
-    assert f"from batch {position} of epoch {epoch} (" in said
+    assert f"from batch {position + 1} of epoch {epoch + 1} (" in said
     assert f"examples {', '.join(str(row + 1) for row in rows[:8])}" in said
     assert "counted from 1 as the corpus has them" in said
     assert checkpoint.steps(made.checkpoints) == [step - 1]

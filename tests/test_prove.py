@@ -67,6 +67,7 @@ def test_a_difference_is_named(twins, change, found):
     assert list(compare(*twins)) == [found]
 
 
+@pytest.mark.slow
 def test_the_proof(recipe, tmp_path):
     done = encdec("train", recipe, *SMALL, "--prove-resume", "1", cwd=tmp_path, TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr

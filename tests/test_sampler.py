@@ -147,7 +147,7 @@ def test_padding_is_small():
 
 def test_an_example_over_the_budget_is_named():
     with pytest.raises(
-        UsageError, match=r"train\.tokens: 20 .* example 1 .* 31 tokens; set train\.tokens to at least 31"
+        UsageError, match=r"train\.tokens: 20 .* example 2 .* 31 tokens; set train\.tokens to at least 31"
     ):
         Sampler(np.array([3, 30]), np.array([3, 4]), 20, "data", 1)
 

@@ -18,6 +18,7 @@ NEW = {
     "model.name": "other",
     "train.optimizer": "adam",
     "train.on_nan": "skip",
+    "train.freeze": ["encoder.*"],
     "train.schedule": "cosine",
     "train.metric": "chrf",
     "train.precision": "fp32",

@@ -91,6 +91,8 @@ def _machine(device: str) -> dict[str, Any]:
 def _training(
     recipe: Path, overrides: Sequence[str], output: Path | None, device: str, plugins: Sequence[Path], seconds: float
 ) -> dict[str, Any]:
+    import tempfile
+
     import torch
 
     from encdec_cli.bundle.run import default_run, locked
@@ -107,9 +109,9 @@ def _training(
 
     loaded, run = load(recipe, overrides, plugins=plugins), output or default_run(recipe)
     threads = use_threads(loaded.train.threads)
-    with locked(run), watched() as stop:
-        data, _ = prepared_data(loaded, run, console.say)
-        trainer = Trainer(settle(Setting(loaded, data, run, device, stop, console.say, loaded.loaded)))
+    with locked(run), watched() as stop, tempfile.TemporaryDirectory(prefix="encdec-bench-") as scratch:
+        data, _ = prepared_data(loaded, run, console.say, device)
+        trainer = Trainer(settle(Setting(loaded, data, Path(scratch), device, stop, console.say, loaded.loaded)))
         pace = training_pace(trainer, seconds)
     ceiling = matrix_ceiling(choose(trainer.precision, device).dtype, torch.device(device))
     return {

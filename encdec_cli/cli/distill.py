@@ -44,7 +44,7 @@ def distill(
     strategy: StrategyOption = None,
     rerank: RerankOption = None,
     metric: MetricOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The rows of the table as a JSON array.")] = False,
     device: DeviceOption = "cpu",
     plugin: PluginOption = None,
 ) -> None:

@@ -110,10 +110,10 @@ def _run(trainer: Trainer, steps: int) -> None:
             "or choose another --output to start anew"
         )
         return
+    setting.ranks.first_does("the forecast of memory", lambda: _tell_memory(trainer))
     if not setting.ranks.first:
         trainer.run(lambda *_: None)
         return
-    _tell_memory(trainer)
     with console.progress("training", steps, step) as bar:
         trainer.run(TrainingProgress(bar, steps, step).progress)
     setting.say(trainer.account.sentence(trainer.progress))

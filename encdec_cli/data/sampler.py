@@ -92,8 +92,8 @@ class Sampler:
         worst = int(longest.argmax())
         if longest[worst] > self.tokens:
             raise UsageError(
-                f"train.tokens: {self.tokens} tokens cannot hold training example {worst} (counted from 0) with its "
-                f"{longest[worst]} tokens; set train.tokens to at least {longest[worst]}, or lower text.max_source "
+                f"train.tokens: {self.tokens} tokens cannot hold training example {worst + 1} (counted from 1) with "
+                f"its {longest[worst]} tokens; set train.tokens to at least {longest[worst]}, or lower text.max_source "
                 "and text.max_target."
             )
 

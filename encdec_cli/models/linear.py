@@ -24,7 +24,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype in (torch.float32, torch.bfloat16) and x.numel() * len(weight) >= MUCH
+    return x.dtype in _TYPES and x.numel() * len(weight) >= MUCH
 
 
 def _onednn() -> Any:
@@ -32,7 +32,14 @@ def _onednn() -> Any:
     return torch.ops.mkldnn._linear_pointwise if hasattr(torch.ops.mkldnn, "_linear_pointwise") else None
 
 
+def _types() -> tuple[torch.dtype, ...]:
+    # It has no kernels for bf16 on processors without AVX-512.
+    bf16 = _ONEDNN is not None and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (torch.float32, torch.bfloat16) if bf16 else (torch.float32,)
+
+
 _ONEDNN = _onednn()
+_TYPES = _types()
 
 
 class Linear(nn.Module):

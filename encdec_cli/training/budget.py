@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import closing
 from dataclasses import replace
 
@@ -37,6 +38,8 @@ def settle(setting: Setting) -> Setting:
     trainer = Trainer(_with(setting, max(_FIRST, longest)))
     with closing(trainer.gradients):
         tokens = _largest(trainer, longest)
+    del trainer
+    gc.collect()  # it holds itself in circles, and its model counts twice
     setting.say(f"train.tokens: auto is {tokens} here")
     return _with(setting, tokens)
 

@@ -42,7 +42,8 @@ class Feed:
         self._judge = Judge(bundle, recipe.risk) if recipe.risk.metric else None
         self._resamplers: list[Resampler] = []
         if amount := self._noise.subword_sampling:
-            settings = recipe.text.algorithm, amount, bundle.task.symbols()
+            symbols = (*bundle.task.symbols(), *recipe.data.config.symbols())
+            settings = recipe.text.algorithm, amount, symbols
             self._resamplers = [Resampler(tokenizer, *settings) for tokenizer in (bundle.source, bundle.target)]
 
     def __call__(self, rows: Ints, update: int) -> Batch:

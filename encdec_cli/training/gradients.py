@@ -143,4 +143,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _sum(a: Gradient, b: Gradient) -> Gradient:
     pairs = zip(a[1], b[1], strict=True)
-    return a[0] + b[0], tuple(y if x is None else x if y is None else x.add_(y) for x, y in pairs)
+    return a[0] + b[0], tuple(y if x is None else x if y is None else x + y for x, y in pairs)

@@ -77,9 +77,11 @@ class History:
 
     @property
     def state(self) -> str:
-        """`running`, `finished`, `stopped` (all it did is saved), `dead`, or, on another machine, `elsewhere`."""
+        """`running`, `finished`, `stopped` (all it did is saved), `failed`, `dead`, or, elsewhere, `elsewhere`."""
         if self.alive:
             return "running"
+        if self.lines and self.lines[-1].get("done") == "stopped":
+            return "failed"
         saved = self.saved.progress if self.saved else {}
         is_saved = saved.get("log_lines", 0) == len(self.lines)
         if is_saved and saved.get("finished"):
@@ -107,7 +109,7 @@ class History:
 
     def alarms(self, now: float) -> list[str]:
         """Return what somebody should look at, in sentences without a full stop."""
-        found = [f"update {line['step']} left out: {line['found']}" for line in self.events("non_finite")[-3:]]
+        found = [f"update {line['step']} {line['done']}: {line['found']}" for line in self.events("non_finite")[-3:]]
         found += self._rising()
         times = [line["seconds"] for line in self.lines[-20:]]
         usual = max((b - a for a, b in pairwise(times)), default=0.0)

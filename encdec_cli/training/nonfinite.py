@@ -38,7 +38,7 @@ def named(batches: Iterable[tuple[int, int, Batch]], every_line: bool) -> str:
         rows = ", ".join(str(row + 1) for row in batch.rows[:_SHOWN])
         more = f" … ({len(batch.rows)} in all)" if len(batch.rows) > _SHOWN else ""
         shapes = f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
-        parts.append(f"batch {position} of epoch {epoch} ({shapes}) with the training examples {rows}{more}")
+        parts.append(f"batch {position + 1} of epoch {epoch + 1} ({shapes}) with the training examples {rows}{more}")
     counted = "as the corpus has them" if every_line else "of those that were kept when the data was prepared"
     return f"{'; '.join(parts)}, counted from 1 {counted}"
 

@@ -49,8 +49,7 @@ T = TypeVar("T")
 Show = Callable[[int, float, int, "float | None"], None]
 """Is told of each update: its number, loss per target token, target tokens, and the best validation score."""
 
-Job = tuple[Sequence[Batch], float, int, Sequence[int]]
-"""What `Gradients.of` is given."""
+Job = tuple[Sequence[Batch], float, int, Sequence[int]]  # what `Gradients.of` is given
 
 
 @dataclass
@@ -187,8 +186,8 @@ class Trainer:
         parts, world = self.train.accumulate, self.ranks.world
         if parts < world or (parts % world and self.layout.even):
             raise UsageError(
-                f"train.accumulate: {world} processes cannot share an update of {parts} micro-batches; it must be a "
-                f"multiple of {world}, with a smaller train.tokens if the update is to stay as large as it was."
+                f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
+                f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
             )
         if parts % world:
             self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
@@ -296,6 +295,7 @@ class Trainer:
         back_to = nonfinite.anchor(train, checkpoint.steps(self.checkpoints))
         reason = nonfinite.reason_to_stop(train, step, progress.skipped, back_to)
         if reason is not None:  # nothing is saved: what came before may be what ruined the weights
+            self._let_first("the log", partial(self._write_log, "non_finite", {"found": found, "done": "stopped"}))
             newest = max(checkpoint.steps(self.checkpoints), default=0)
             raise NonFiniteError(
                 f"{what}; the weights are untouched and the last checkpoint is good (update {newest}); {reason}; "
@@ -307,7 +307,7 @@ class Trainer:
         self.setting.say(f"{what}; {done}")
         progress.skipped.append(step)
         self._passed(batches)
-        self._write_log("non_finite", {"found": found, "done": done})
+        self._let_first("the log", partial(self._write_log, "non_finite", {"found": found, "done": done}))
 
     def _log_training(self, rate: float, norm: float) -> None:
         progress = self.progress
@@ -319,7 +319,7 @@ class Trainer:
             "order": progress.order[:16],
             **work(progress),
         }
-        self._write_log("train", fields)
+        self._let_first("the log", partial(self._write_log, "train", fields))
         progress.loss, progress.loss_tokens = 0.0, 0
 
     def _validate(self) -> None:
@@ -345,19 +345,21 @@ class Trainer:
         return result
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        if self.ranks.first:
-            self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
+        self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
         self.progress.log_lines += 1
 
     def _save(self) -> None:
         state = self.optimizer.state() | {
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
-        if self.ranks.first:
-            self.log.sync()
+        self.ranks.first_does("the log", self.log.sync)
         self.layout.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.optimizer.rows())
-        self._let_first("the checkpoint", partial(self.keeper.publish, self.progress))
+        self._let_first("the checkpoint", self._publish)
         self._unsaved = False
+
+    def _publish(self) -> None:
+        self.keeper.publish(self.progress)
+        self.account.clock(self.progress)
 
     def _resume(self) -> None:
         step = self._let_first("the start", self._recover)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,6 +77,7 @@ def test_every_way_of_training_learns_from_the_same_tokens() -> None:
     assert len({values[0] for values in speeds.values()}) == 1
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_for_each_half() -> None:
     sizes = "--vocabulary 60 --tokens 200 --batches 1 --sentences 4 --batch 4 --beam 2 --repetitions 1"
     done = subprocess.run(
