@@ -267,7 +267,7 @@ def _ask_model(bundle: Bundle, outputs: Outputs, source: Path | None, chosen: li
     examples = _examples(bundle, source)
     check_lengths("the source", [e.source for e in examples], "the reference", outputs.references[0])
     if to_write:
-        outputs.hypotheses = write_hypotheses(bundle, examples, rerank)
+        outputs.hypotheses = _write_hypotheses(bundle, examples, rerank)
     if to_score:
         outputs.likelihoods = likelihoods(bundle, examples, outputs.references[0])
 
@@ -286,10 +286,10 @@ def _add_unrounded(
     if model is not None and outputs.baseline is None:
         console.say("baseline: the same model in fp32")
         bundle = _bundle(model, device, plugins)
-        outputs.baseline = write_hypotheses(bundle, _examples(bundle, source), rerank)
+        outputs.baseline = _write_hypotheses(bundle, _examples(bundle, source), rerank)
 
 
-def write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
+def _write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:
     """Return what the model writes for each example, after the reranker if one is named."""
     from encdec_cli.generation.lines import Options, first_text
     from encdec_cli.reranking.reranker import decode
