@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -120,8 +119,8 @@ def _rows(
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.evaluation.report import Outputs, evaluate
     from encdec_cli.evaluation.significance import Resampling
-    from encdec_cli.generation.lines import Options, first_text, generate
-    from encdec_cli.text.windows import full_windows
+    from encdec_cli.evaluation.tradeoff import timed
+    from encdec_cli.generation.lines import Options
 
     rows: list[_Row] = []
     references = [[example.target or "" for example in examples]]
@@ -133,10 +132,7 @@ def _rows(
         size = sizes.setdefault(path, sum(parameter.numel() for parameter in bundle.model.parameters()))
         options = Options(bundle.recipe.decoding.config)  # in this process: workers would begin cold each time
         for _ in range(2):  # the first time makes kernels and takes memory
-            began = time.perf_counter()
-            windows = full_windows(examples, options.window)
-            lines = [first_text(result) for result in generate([bundle], windows, options)]
-            rate = len(examples) / (time.perf_counter() - began)
+            lines, rate = timed(bundle, options, examples)
         outputs = Outputs(references=references, hypotheses=lines, baseline=baseline)
         scores = evaluate(metrics, outputs, Resampling()).scores
         first = rows[0].sentences_per_second if rows else rate

@@ -28,14 +28,19 @@ class Point:
     score: float
 
 
+def timed(bundle: Bundle, options: Options, examples: Sequence[Example]) -> tuple[list[str], float]:
+    """Decode the examples; return the best output of each, and how many were decoded in a second."""
+    begin = time.perf_counter()
+    texts = [first_text(result) for result in generate([bundle], full_windows(examples, options.window), options)]
+    return texts, len(examples) / (time.perf_counter() - begin)
+
+
 def measure(bundle: Bundle, precision: str, options: Options, examples: Sequence[Example], metric: Metric) -> Point:
     """Decode the examples, a few of them before to warm up, and score them."""
     list(generate([bundle], [examples[:_WARM]], options))
-    begin = time.perf_counter()
-    texts = [first_text(result) for result in generate([bundle], full_windows(examples, options.window), options)]
-    took = time.perf_counter() - begin
+    texts, rate = timed(bundle, options, examples)
     (value, *_) = score(metric, metric.statistics(texts, [[example.target or "" for example in examples]]))
-    return Point(precision, options.strategy.beam, options.batch, options.workers, len(examples) / took, value)
+    return Point(precision, options.strategy.beam, options.batch, options.workers, rate, value)
 
 
 def on_front(point: Point, points: Sequence[Point], higher_is_better: bool) -> bool:

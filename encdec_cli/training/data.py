@@ -21,8 +21,7 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device:
     """Return the run's prepared data, and whether it had to be made now.
 
     Call it under the lock of the run. `say` is given sentences for the user; `device` is where models compute that
-    write a part of the corpus. Raises UsageError, and leaves what is
-    there, if the run has learned from other data.
+    write a part of the corpus. Raises UsageError, and leaves what is there, if the run has learned from other data.
     """
     folder = data_folder(run)
     atomic.recover(folder)

@@ -21,7 +21,7 @@ class Pace:
 
 def training_pace(trainer: Trainer, seconds: float) -> Pace:
     """Train for some seconds, at least two updates after one to warm up, and forget it with the trainer."""
-    trainer.train = replace(trainer.train, log_every=sys.maxsize)  # the log is the run's
+    trainer.train = replace(trainer.train, log_every=sys.maxsize)  # no disk in what is measured
     updates = trainer.sampler.updates(trainer.progress.step, trainer.train.accumulate)
     trainer.update(next(updates), lambda *_: None)
     tokens, flops = trainer.progress.tokens, trainer.progress.flops
