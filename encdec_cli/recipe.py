@@ -52,6 +52,8 @@ class Train:
     """Most padded tokens of the longer side in one micro-batch; auto takes what fits the memory when the run begins."""
     checkpointing: bool = False
     """Whether layers are computed a second time in the backward pass, which takes time and saves their activations."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether layers and loss go through torch's compiler; auto: on a GPU, in runs of 1,000 updates or more."""
     accumulate: int = 1
     """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
     optimizer: Literal["adam", "adamw", "muon", "adafactor"] = "adamw"

@@ -46,7 +46,8 @@ def attend(
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = _bias(mask, query.dtype)
-    causal = causal and query.shape[2] > 1
+    if query.shape[2] == 1:
+        causal = False
     if _by_matmul(query, key, value, dropout):
         return _matmul_attention(query, key, value, _with_causal(query, key, mask, causal), dropout)
     if causal and (mask is not None or query.shape[2] != key.shape[2]):

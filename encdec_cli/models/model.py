@@ -55,6 +55,10 @@ class Model(nn.Module):
     changes, and all that is random comes from `models.dropout`."""
     can_checkpoint: ClassVar[bool] = False
     """Whether `checkpointing` is heeded."""
+    can_compile: ClassVar[bool] = False
+    """Whether it has `compile_layers`, which makes training go through torch's compiler, decoding as before."""
+    compiled: bool = False
+    """Whether that has been called."""
     checkpointing: bool = False
     """Whether training keeps only what enters a layer and computes the rest a second time; see
     `models.checkpointing`."""
@@ -90,6 +94,10 @@ class Model(nn.Module):
         more. Optional: raises UsageError for a model that has none.
         """
         raise UsageError(f"this model ({type(self).__name__}) has no attention to show.")
+
+    def compile_layers(self) -> None:
+        """Compile what training repeats, and set `compiled`; the numbers may change in the last bits."""
+        raise NotImplementedError
 
     def units(self) -> Sequence[nn.Module]:
         """Return the large modules, the inner ones first, each used by its call alone.

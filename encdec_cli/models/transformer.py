@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch
@@ -135,6 +134,23 @@ class TransformerState:
         self.ancestry.crop(length)
 
 
+def _encode_whole(layer: EncoderLayer, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+    """Compute an encoder's layer as training does: what `Transformer.compile_layers` compiles, once for all layers."""
+    output: Tensor = layer(x, mask, rotary)
+    return output
+
+
+def _decode_whole(
+    layer: DecoderLayer, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a decoder's layer for all positions at once; return its output, and its keys and values."""
+    ancestry = Ancestry(1)
+    state = TransformerState(1, ancestry, [KeysValues()], [source], mask)
+    output: Tensor = layer(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
+    keys, values = state.caches[0].stores
+    return output, keys, values
+
+
 class Transformer(Model):
     """Encoder and decoder of attention layers; `Config` says which of the field's variants.
 
@@ -144,6 +160,7 @@ class Transformer(Model):
 
     side_by_side = True
     can_checkpoint = True
+    can_compile = True
 
     @dataclass
     class Config:
@@ -223,6 +240,8 @@ class Transformer(Model):
         self.encoder_norm = _final_norm(config)
         self.decoder = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.decoder_norm = _final_norm(config)
+        self._encode_whole: Callable[..., Tensor] = _encode_whole
+        self._decode_whole: Callable[..., tuple[Tensor, Tensor, Tensor]] = _decode_whole
 
     def _embedding(self, vocab: int) -> nn.Embedding:
         embedding = nn.Embedding(vocab, self.config.d_model, padding_idx=0)
@@ -256,25 +275,24 @@ class Transformer(Model):
         return Memory(self.encoder_norm(x), mask)
 
     def _encoder_layer(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpointed(layer, lambda x: (layer(x, bias, self.rotary),), x)[0]
-        output: Tensor = layer(x, bias, self.rotary)
-        return output
+        if not torch.is_grad_enabled():
+            output: Tensor = layer(x, bias, self.rotary)
+            return output
+        if self.checkpointing:
+            return checkpointed(layer, lambda x: (self._encode_whole(layer, x, bias, self.rotary),), x)[0]
+        return self._encode_whole(layer, x, bias, self.rotary)
 
     def _decoder_layer(self, number: int, x: Tensor, state: TransformerState, mask: Tensor | None) -> Tensor:
         layer = self.decoder[number]
-        if not (self.checkpointing and state.length == x.shape[1] and torch.is_grad_enabled()):
+        if not (torch.is_grad_enabled() and state.beam == 1 and state.length == x.shape[1]):
             output: Tensor = layer(x, state, number, self.rotary, mask)
             return output
-        # The state itself may have changed when the layer is computed again.
-        empty = replace(state, caches=[], sources=[], ancestry=copy(state.ancestry))
 
-        def compute(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, ...]:
-            fresh = replace(empty, caches=[KeysValues()], sources=[(keys, values)])
-            output = layer(x, fresh, 0, self.rotary, mask)
-            return output, *fresh.caches[0].stores
+        def compute(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return self._decode_whole(layer, x, (keys, values), state.mask, self.rotary)
 
-        x, keys, values = checkpointed(layer, compute, x, *state.sources[number])
+        sources = state.sources[number]
+        x, keys, values = checkpointed(layer, compute, x, *sources) if self.checkpointing else compute(x, *sources)
         state.caches[number].append(keys, values, 0, keys.shape[2])
         return x
 
@@ -306,6 +324,12 @@ class Transformer(Model):
             seen: list[Tensor] = []
             x = layer(x, state, number, self.rotary, mask, seen)
             yield seen[0]
+
+    def compile_layers(self) -> None:
+        """Compile what training does of a layer, for batches of any shape, once for all layers."""
+        self.compiled = True
+        self._encode_whole = torch.compile(_encode_whole, dynamic=True)
+        self._decode_whole = torch.compile(_decode_whole, dynamic=True)
 
     def units(self) -> list[nn.Module]:
         """Return the layers, and before them what reads the source for those of the decoder, ahead of their turn."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -22,6 +23,13 @@ Project = Callable[[Tensor], Tensor]
 CHUNK = 4 << 20
 """Logits that stand in memory at a time: 16 MB of fp32, in the last cache of most machines, and under the 32 MB from
 which the C library asks the system for fresh pages each time (8 M were 15 % slower, 16 M 40 %, in bf16)."""
+GPU_CHUNK = 64 << 20
+"""Likewise on a GPU, where small products are slow: 256 MB of fp32."""
+
+
+def chunk_of(device: torch.device) -> int:
+    """Return how many logits stand in memory at a time on a device."""
+    return GPU_CHUNK if device.type == "cuda" else CHUNK
 
 
 def real_rows(hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,37 +68,64 @@ class CrossEntropy:
     """[vocab] fp32, sum 1: how that share is spread; None: evenly."""
     scale: Tensor | None = None
     """[n] fp32: what each row's loss is multiplied by; None: by 1."""
+    compiled: bool = False
+    """Whether torch's compiler makes two or three passes over the logits of what else are a dozen."""
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
-        losses, scores, normaliser = self.parts(logits, rows)
-        # Softmax minus the smoothed target, times the weight.
-        scores.mul_(weight / normaliser)
-        if self.prior is not None:
-            scores.sub_(self.smoothing * weight * self.prior)
-        elif self.smoothing:
-            scores.sub_(self.smoothing * weight / scores.shape[1])
+        scale = None if self.scale is None else self.scale[rows].unsqueeze(1)
         wanted = self.target[rows].unsqueeze(1)
-        scores.scatter_add_(1, wanted, scores.new_full(wanted.shape, (self.smoothing - 1) * weight))
-        if self.scale is not None:
-            scale = self.scale[rows].unsqueeze(1)
-            losses, scores = losses * scale, scores.mul_(scale)
-        return losses.sum(), scores
+        if self.compiled:  # a number that is new in each update would make a new program of each
+            factor = torch.full((), weight, device=logits.device)
+            return _compiled()(logits, wanted, self.smoothing, self.prior, scale, factor)
+        return _smoothed(logits, wanted, self.smoothing, self.prior, scale, weight)
 
     def parts(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return unscaled losses [n, 1], exp(logits - their maximum) [n, vocab] and its row sums [n, 1], all fp32."""
-        # One fp32 copy, used in place from here on: the output layer's own backward may need the logits themselves.
-        scores = logits.detach().to(torch.float32, copy=True)
-        wanted = scores.gather(1, self.target[rows].unsqueeze(1))
-        if self.prior is not None:
-            mean = (scores @ self.prior).unsqueeze(1)
-        else:
-            mean = scores.mean(1, keepdim=True) if self.smoothing else torch.zeros_like(wanted)
-        maximum = scores.amax(1, keepdim=True)
-        scores.sub_(maximum).exp_()
-        normaliser = scores.sum(1, keepdim=True)
-        losses = normaliser.log() + maximum - (1 - self.smoothing) * wanted - self.smoothing * mean
-        return losses, scores, normaliser
+        return _parts(logits, self.target[rows].unsqueeze(1), self.smoothing, self.prior)
+
+
+def _parts(
+    logits: Tensor, wanted: Tensor, smoothing: float, prior: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # One fp32 copy, used in place from here on: the output layer's own backward may need the logits themselves.
+    scores = logits.detach().to(torch.float32, copy=True)
+    right = scores.gather(1, wanted)
+    if prior is not None:
+        mean = (scores @ prior).unsqueeze(1)
+    else:
+        mean = scores.mean(1, keepdim=True) if smoothing else torch.zeros_like(right)
+    maximum = scores.amax(1, keepdim=True)
+    scores.sub_(maximum).exp_()
+    normaliser = scores.sum(1, keepdim=True)
+    losses = normaliser.log() + maximum - (1 - smoothing) * right - smoothing * mean
+    return losses, scores, normaliser
+
+
+def _smoothed(
+    logits: Tensor,
+    wanted: Tensor,
+    smoothing: float,
+    prior: Tensor | None,
+    scale: Tensor | None,
+    weight: float | Tensor,
+) -> tuple[Tensor, Tensor]:
+    losses, scores, normaliser = _parts(logits, wanted, smoothing, prior)
+    # Softmax minus the smoothed target, times the weight.
+    scores.mul_(weight / normaliser)
+    if prior is not None:
+        scores.sub_(smoothing * weight * prior)
+    elif smoothing:
+        scores.sub_(smoothing * weight / scores.shape[1])
+    scores.scatter_add_(1, wanted, scores.new_zeros(wanted.shape) + (smoothing - 1) * weight)
+    if scale is not None:
+        losses, scores = losses * scale, scores.mul_(scale)
+    return losses.sum(), scores
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_smoothed, dynamic=True)
 
 
 def token_loss(
@@ -100,7 +135,7 @@ def token_loss(
     smoothing: float,
     parameters: Sequence[Tensor],
     weight: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> tuple[Tensor, int]:
     """Return `weight` times the sum of the label-smoothed cross-entropies in nats, and the number of tokens.
 
@@ -118,7 +153,7 @@ def chunked_loss(
     criterion: Criterion,
     parameters: Sequence[Tensor],
     weight: float = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = 0,
 ) -> Tensor:
     """Return `weight` times the loss of all rows, a scalar to be differentiated.
 
@@ -130,12 +165,12 @@ def chunked_loss(
         criterion: of the logits.
         parameters: every tensor that `project` may use; others among them are harmless.
         weight: what the loss, and so its gradient, is multiplied by.
-        chunk: the number of logits that stand in memory at a time.
+        chunk: the number of logits that stand in memory at a time; 0: as many as is good for the device.
     """
     if not len(hidden):
         return hidden.float().sum() * 0.0
     used, vocab = used_by(project, hidden, parameters)
-    size = max(8, chunk // vocab) // criterion.group * criterion.group
+    size = max(8, (chunk or chunk_of(hidden.device)) // vocab) // criterion.group * criterion.group
     if torch.is_grad_enabled() and (used or hidden.requires_grad):
         loss: Tensor = _ChunkedLoss.apply(hidden, project, criterion, (weight, size), *used)  # type: ignore[no-untyped-call]
         return loss
@@ -146,9 +181,9 @@ def chunked_loss(
 
 
 @torch.no_grad()
-def log_probs(hidden: Tensor, project: Project, target: Tensor, chunk: int = CHUNK) -> Tensor:
+def log_probs(hidden: Tensor, project: Project, target: Tensor) -> Tensor:
     """Return the natural log-probability of each target, [n] fp32; arguments as for `token_loss`."""
-    criterion, size = CrossEntropy(target), max(8, chunk // project(hidden[:1]).shape[-1])
+    criterion, size = CrossEntropy(target), max(8, chunk_of(hidden.device) // project(hidden[:1]).shape[-1])
     found = [-criterion.parts(project(hidden[rows]), rows)[0].squeeze(1) for rows in _chunks(hidden, size)]
     return torch.cat(found)
 

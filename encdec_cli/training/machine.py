@@ -39,3 +39,11 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0].rstrip(".")
         raise UsageError(f"--device {device}: torch cannot use it ({reason}); try --device cpu.") from error
+
+
+def add_in_order(device: str) -> None:
+    """Let a GPU add its sums in one order, so that the same work gives the same bits, as on a CPU. Call it early."""
+    if torch.device(device).type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False

@@ -19,7 +19,7 @@ from torch import Tensor
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.sampler import Ints
 from encdec_cli.training.layout import Computing
-from encdec_cli.training.loss import CHUNK
+from encdec_cli.training.loss import chunk_of
 from encdec_cli.training.meter import read
 from encdec_cli.training.optimizer import Optimizer
 
@@ -109,8 +109,9 @@ class Forecast:
 
     def _sizes(self, rows: Ints) -> tuple[int, int]:
         """Return the rows of two samples. Both fill a chunk of logits if the whole batch does."""
-        longest = self.load(rows[:2]).known_target.shape[1]
-        tokens = max(_FEW, CHUNK // self.vocabulary)
+        first = self.load(rows[:2]).known_target
+        longest = first.shape[1]
+        tokens = max(_FEW, chunk_of(first.device) // self.vocabulary)
         if len(rows) * longest < tokens:
             tokens = min(_FEW, len(rows) * longest // 4)
         few = min(len(rows), max(2, -(-tokens // longest)))  # the first two hold the longest sides

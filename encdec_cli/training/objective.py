@@ -17,7 +17,7 @@ from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
 from encdec_cli.training.guide import GuidedAttention, chosen_head
-from encdec_cli.training.loss import CHUNK, Criterion, chunked_loss, real_rows
+from encdec_cli.training.loss import Criterion, chunk_of, chunked_loss, real_rows
 from encdec_cli.training.risk import ExpectedRisk
 from encdec_cli.training.teacher import with_teacher
 
@@ -48,7 +48,7 @@ class CrossEntropy:
         """Return `weight` times the summed loss; see `Objective`."""
         hidden = model(batch.source, batch.source_mask, batch.decoder_input)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:])
-        criterion = loss.CrossEntropy(labels, self.smoothing, self.prior)
+        criterion = loss.CrossEntropy(labels, self.smoothing, self.prior, compiled=model.compiled)
         return chunked_loss(rows, model.project, criterion, parameters, weight)
 
 
@@ -73,9 +73,9 @@ class RDrop:
         # The two passes of a position side by side: [rows, tgt_len x 2, dim].
         hidden = model(source, mask, read).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:].repeat_interleave(2, 1))
-        criterion = Agreement(loss.CrossEntropy(labels, self.smoothing, self.prior), self.weight)
+        criterion = Agreement(loss.CrossEntropy(labels, self.smoothing, self.prior, compiled=model.compiled), self.weight)
         # Half the chunk, since twice as much is computed from it: less time is spent on fresh memory.
-        return chunked_loss(rows, model.project, criterion, parameters, weight, CHUNK // 2)
+        return chunked_loss(rows, model.project, criterion, parameters, weight, chunk_of(rows.device) // 2)
 
 
 @dataclass(frozen=True)

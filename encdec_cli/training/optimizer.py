@@ -89,13 +89,17 @@ class Optimizer:
     @torch.no_grad()
     def collect(self, gradients: Iterable[Tensor | None]) -> None:
         """Add gradients, one for each of `parameters`, in fp32 to those of earlier micro-batches."""
-        for weight, gradient in zip(self._weights, gradients, strict=True):
-            if gradient is None:
-                continue
-            if weight.gradient is None:
-                weight.gradient = gradient.to(torch.float32, copy=True)  # it may share its memory
-            else:
-                weight.gradient += gradient
+        given = [pair for pair in zip(self._weights, gradients, strict=True) if pair[1] is not None]
+        new = [(weight, gradient) for weight, gradient in given if weight.gradient is None]
+        old = [(weight.gradient, gradient) for weight, gradient in given if weight.gradient is not None]
+        for weight, gradient in new:
+            weight.gradient = torch.empty_like(gradient, dtype=torch.float32)
+        # All at once: on a GPU hundreds of small kernels take longer to start than to run.
+        if new:
+            torch._foreach_copy_([weight.gradient for weight, _ in new], [gradient for _, gradient in new])
+        if old:
+            sums, addends = zip(*old, strict=True)
+            torch._foreach_add_(sums, addends)
 
     def gradients(self) -> Iterator[Tensor]:
         """Yield the collected gradients, zeros where there is none, to be summed in place over processes.
@@ -118,12 +122,11 @@ class Optimizer:
         gradients = [weight.gradient for weight in self._weights if weight.gradient is not None]
         if not gradients:
             return 0.0
-        norm = float(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm())
+        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
         if self.rows():
             norm = math.sqrt(total(norm * norm))
         if limit and math.isfinite(norm) and norm + 1e-6 > limit:
-            for gradient in gradients:
-                gradient.mul_(limit / (norm + 1e-6))
+            torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
 
     @torch.no_grad()
@@ -133,9 +136,8 @@ class Optimizer:
             rule.update(weights, rate, self.updates)
         self.updates += 1
         self._average()
-        for weight in self._weights:
-            weight.gradient = None
-            _publish(weight)
+        self.forget()
+        _publish(self._weights)
 
     def _average(self) -> None:
         # The mean of all masters so far, each weighted by `ema` to the power of its age: that is Adam's correction of
@@ -205,8 +207,8 @@ class Optimizer:
         for weight in (*self._weights, *self._frozen):
             for name, tensor in weight.state().items():
                 tensor.copy_(state[name])
-            weight.gradient = None
-            _publish(weight)
+        self.forget()
+        _publish([*self._weights, *self._frozen])
 
 
 def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
@@ -230,6 +232,8 @@ def _own(parameter: Any) -> tuple[Tensor, slice | None]:
     return own, slice(begin, begin + len(own))
 
 
-def _publish(weight: Weight) -> None:
-    if weight.rows is None and weight.parameter.data_ptr() != weight.master.data_ptr():
-        weight.parameter.copy_(weight.master)
+def _publish(weights: Sequence[Weight]) -> None:
+    """Copy masters to the parameters that are not their own masters."""
+    others = [w for w in weights if w.rows is None and w.parameter.data_ptr() != w.master.data_ptr()]
+    if others:
+        torch._foreach_copy_([weight.parameter for weight in others], [weight.master for weight in others])

@@ -29,6 +29,7 @@ from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import flops, nonfinite, precision, resume
 from encdec_cli.training.account import Account, work
+from encdec_cli.training.compiling import compiles
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.feed import Feed
 from encdec_cli.training.initial import take_weights
@@ -101,11 +102,14 @@ class Trainer:
         self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
-        most = len(self.ranks.share(range(self.train.accumulate)))
+        compiled = compiles(setting.recipe, model, setting.device)
+        # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
+        most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
         parts = model, self.optimizer.parameters, make_objective(self.bundle, self.store, setting.device), most
         self.gradients = self.layout.gradients(*parts, say=setting.say)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
+        self.facts["compiled"] = compiled
         if teacher := setting.recipe.teacher.model:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
@@ -152,6 +156,8 @@ class Trainer:
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
+        if self.facts["compiled"]:
+            self.model.compile_layers()
         progress = self.progress
         if self.ranks.first:
             atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))

@@ -40,7 +40,7 @@ class PlainTransformer(nn.Module):
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         """Return logits [rows, tgt_len, vocab]."""
-        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1]).isinf()
+        causal = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=target.device).isinf()
         padding = source == PAD
         hidden = self.transformer(
             self.embed(source),
