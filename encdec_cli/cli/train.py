@@ -76,6 +76,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.config import parse_component
     from encdec_cli.evaluation.metrics import try_out
     from encdec_cli.registry import metrics
+    from encdec_cli.training.beforehand import check
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
     from encdec_cli.training.distributed import joined, shared_cores
@@ -90,6 +91,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
         with locked(run) if ranks.first else _quiet():
+            check(recipe, ranks, say)
             data = shared_data(recipe, run, say, ranks, own_device)
             setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks)
             trainer = Trainer(settle(setting))
@@ -162,28 +164,30 @@ def _tell_memory(trainer: Trainer) -> None:
     import torch
 
     from encdec_cli.cli import console
+    from encdec_cli.training.largest import need
     from encdec_cli.training.memory import available
 
     if trainer.layout.even:  # what a share needs is not predicted
         return
-    need, free = trainer.need(), available(torch.device(trainer.setting.device))
-    console.say(f"memory: {_size(need.total)} at most")
-    if 0 < free < need.growth:
+    wanted, free = need(trainer), available(torch.device(trainer.setting.device))
+    console.say(f"memory: {_size(wanted.total)} at most")
+    if 0 < free < wanted.growth:
         console.warn(
-            f"{_size(free)} are free, and the run will need {_size(need.growth)} more than it has now; lower "
+            f"{_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has now; lower "
             "train.tokens, or set train.checkpointing=true"
         )
 
 
 def _dry_run(trainer: Trainer) -> str:
     from encdec_cli.cli.console import table
+    from encdec_cli.training.largest import need, try_largest
 
-    need = None if trainer.layout.even else trainer.need()
-    parameters, learning, batches = trainer.try_largest()
+    wanted = None if trainer.layout.even else need(trainer)
+    parameters, learning, batches = try_largest(trainer)
     some = f", of which {learning:,} learn," if learning < parameters else ""
-    parts = {**vars(need), "total": need.total} if need else {}
+    parts = {**vars(wanted), "total": wanted.total} if wanted else {}
     rows = [[name, _size(value)] for name, value in parts.items() if value]
-    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if need else ""
+    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if wanted else ""
     return (
         f"{memory}dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
         "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"

@@ -37,9 +37,7 @@ from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt
-from encdec_cli.training.memory import Forecast, Need
-from encdec_cli.training.meter import read
-from encdec_cli.training.objective import CrossEntropy, make_objective
+from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
@@ -87,18 +85,18 @@ class Trainer:
         adapt(model, setting.recipe.lora)
         freeze(model, self.train.freeze)
         self.model = model
-        self._set_checkpointing()
+        model.checkpointing = self.train.checkpointing
         self.store = setting.data.store("train")
-        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
+        self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
         self.layout = make_layout(setting.recipe, self.ranks)
-        self._check_sizes()
+        self._check_lengths()
         if self.layout.even:
             _ = self.formula  # which shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
         whole = self.layout.whole(model, chosen)
         self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
         self.feed = Feed(self.bundle, setting.data, setting.device)
-        self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
+        self.optimizer = make_optimizer(model, self.train, self.first(np.array([0])), chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
         most = len(self.ranks.share(range(self.train.accumulate)))
@@ -118,32 +116,11 @@ class Trainer:
         machine = torch.device(setting.device), chosen.dtype
         self.account = Account(setting.run, setting.recipe.cost, *machine, self.progress, self.ranks.world)
 
-    def _set_checkpointing(self) -> None:
-        if self.train.checkpointing and not self.model.can_checkpoint:
-            kind = type(self.model).__name__
-            raise UsageError(
-                f"train.checkpointing: this model ({kind}) cannot compute its layers again; set it to false."
-            )
-        self.model.checkpointing = self.train.checkpointing
-
     @cached_property
     def formula(self) -> flops.Formula:
-        """What the FLOPs of a micro-batch are, from its shape; computing layers again is no work of the model."""
-        objective = CrossEntropy(self.train.label_smoothing)  # what R-Drop, a teacher and the like add is left out
-        count = partial(read, self.model, objective, [p for p in self.model.parameters() if p.requires_grad])
+        """What the FLOPs of a micro-batch are, from its shape."""
         sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
-        device = self.setting.device
-        self.model.checkpointing = False
-        found = flops.find(lambda batch: count(batch.to(device)), sizes, self.model.max_positions)
-        self.model.checkpointing = self.train.checkpointing
-        return found
-
-    def need(self, tokens: int = 0) -> Need:
-        """Predict the memory of the largest micro-batches, of this many `tokens`, by computing parts of one."""
-        sampler = self._sampler(tokens) if tokens else self.sampler
-        vocabulary = len(self.setting.data.target.vocabulary)
-        forecast = Forecast(self.gradients, self.optimizer, self.train.accumulate, vocabulary, self._first)
-        return forecast.need(sampler.cut(self.formula.heaviest(sampler.shapes())))
+        return flops.find(self.model, self.train.label_smoothing, sizes, self.setting.device)
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
@@ -172,45 +149,21 @@ class Trainer:
             if not over:
                 self.update(next(updates), show)
 
-    def _check_sizes(self) -> None:
-        """Refuse examples too long for the model, and updates that the processes cannot share."""
-        stores = (self.store, self.setting.data.store("valid"))
-        lengths = [each for store in stores for each in (store.source_lengths, store.target_lengths)]
-        longest = 1 + max(int(each.max(initial=0)) for each in lengths)
-        most = self.model.max_positions
+    def _check_lengths(self) -> None:
+        """Refuse examples too long for the model."""
+        longest, most = self.setting.data.longest("train", "valid"), self.model.max_positions
         if most is not None and longest > most:
             raise UsageError(
                 f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
                 "it, or lower text.max_source and text.max_target."
             )
-        parts, world = self.train.accumulate, self.ranks.world
-        if parts < world or (parts % world and self.layout.even):
-            raise UsageError(
-                f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
-                f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
-            )
-        if parts % world:
-            self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
 
-    def try_largest(self) -> tuple[int, int, int]:
-        """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
-
-        Returns the number of weights, of those that learn, and of micro-batches in an epoch. Raises what training
-        would raise.
-        """
-        largest = self._first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
-        list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
-        self.gradients.close()
-        if self.ranks.first:
-            self.validation.try_longest(self.bundle)
-        weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
-        return weights, learning, len(self.sampler)
-
-    def _sampler(self, tokens: int) -> Sampler:
+    def sampler_of(self, tokens: int) -> Sampler:
+        """Return the order of micro-batches of so many tokens each."""
         lengths = self.store.source_lengths, self.store.target_lengths
         return Sampler(*lengths, tokens, self.setting.data.data_hash, self.train.seed)
 
-    def _first(self, rows: Ints) -> Batch:
+    def first(self, rows: Ints) -> Batch:
         """Return some examples as a micro-batch of no update."""
         return self.feed(rows, 0)
 
