@@ -98,6 +98,8 @@ class Train:
     """Which validated checkpoints are averaged: the last ones, or those with the best scores."""
     log_every: int = 50
     """Updates between two lines of the log."""
+    tensorboard: bool = False
+    """Whether the numbers of the log are written for TensorBoard too, into the run's folder `tensorboard`."""
     seed: int = 1
     """Seed of the first weights, of dropout and of the order of the examples."""
     threads: int = 0

@@ -494,7 +494,7 @@ def test_the_sections_hold_exactly_the_keys_that_were_agreed():
     train = (
         "steps tokens checkpointing accumulate optimizer rate betas weight_decay warmup schedule clip label_smoothing "
         "precision on_nan save_every keep validate_every valid_lines metric patience ema freeze average average_of "
-        "log_every seed threads"
+        "log_every tensorboard seed threads"
     )
     assert " ".join(vars(recipe.Text())) == text
     assert " ".join(vars(recipe.Train())) == train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 from encdec_cli.errors import UsageError
 from encdec_cli.recipe import Recipe
@@ -10,7 +11,7 @@ from encdec_cli.training.distributed import Ranks
 
 
 def check(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
-    """Raise UsageError for what the model cannot do, and for updates that the processes cannot share.
+    """Raise UsageError for what the model cannot do, what is not installed, and updates that cannot be shared.
 
     `say` is given sentences for the user.
     """
@@ -25,5 +26,7 @@ def check(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
             f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
             f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
         )
+    if recipe.train.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
     if parts % world:
         say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")

@@ -41,6 +41,7 @@ from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
+from encdec_cli.training.tensorboard import Board
 from encdec_cli.training.validation import Validation
 
 T = TypeVar("T")
@@ -108,7 +109,8 @@ class Trainer:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
-        self.log = Log(setting.run / "log.jsonl")
+        path = setting.run / "log.jsonl"
+        self.log = Log(path, Board(path) if self.train.tensorboard else None)
         known = {"length_ratios": usual_ratios(self.store.source_lengths, self.store.target_lengths)}
         told = setting.stop, setting.say, self._write_log
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
