@@ -73,9 +73,6 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
-    from encdec_cli.config import parse_component
-    from encdec_cli.evaluation.metrics import try_out
-    from encdec_cli.registry import metrics
     from encdec_cli.training.beforehand import check
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
@@ -85,13 +82,12 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
-    try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
     use_threads(recipe.train.threads, shared_cores())
     start = Bundle.load(init_from) if init_from else None
     with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
         with locked(run) if ranks.first else _quiet():
-            check(recipe, ranks, say)
+            check(recipe, run, start is not None, ranks, say)
             data = shared_data(recipe, run, say, ranks, own_device)
             setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks)
             trainer = Trainer(settle(setting))
@@ -107,9 +103,9 @@ def _run(trainer: Trainer, steps: int) -> None:
 
     setting, step = trainer.setting, trainer.progress.step
     if trainer.progress.finished:
+        what, key = (_early(trainer), "patience") if trainer.is_early else (f"has finished its {step} updates", "steps")
         setting.say(
-            f"nothing to do: {setting.run} has finished its {step} updates; raise train.steps to go on, "
-            "or choose another --output to start anew"
+            f"nothing to do: {setting.run} {what}; raise train.{key} to go on, or choose another --output to start anew"
         )
         return
     setting.ranks.first_does("the forecast of memory", lambda: _tell_memory(trainer))
@@ -118,8 +114,15 @@ def _run(trainer: Trainer, steps: int) -> None:
         return
     with console.progress("training", steps, step) as bar:
         trainer.run(TrainingProgress(bar, steps, step).progress)
+    if trainer.is_early:
+        setting.say(_early(trainer))
     setting.say(trainer.account.sentence(trainer.progress))
     setting.say(f"model: {setting.run}")
+
+
+def _early(trainer: Trainer) -> str:
+    progress, train = trainer.progress, trainer.train
+    return f"stopped early, at update {progress.step}: {progress.stale} validations without a better {train.metric}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.errors import ResourceError, UsageError
+from encdec_cli.errors import ResourceError
 from encdec_cli.training.largest import need
 from encdec_cli.training.memory import available
 from encdec_cli.training.trainer import Setting, Trainer
@@ -32,8 +32,6 @@ def settle(setting: Setting) -> Setting:
     before = checkpoint.newest_facts(setting.run / "checkpoints")
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
-    if setting.ranks.world > 1:
-        raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     longest = setting.data.longest("train")
     trainer = Trainer(_with(setting, max(_FIRST, longest)))
     with closing(trainer.gradients):

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
-from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
@@ -126,8 +125,6 @@ def make_objective(bundle: Bundle, store: Store, device: str) -> Objective:
     if recipe.regularize.smoothing_prior == "unigram":
         prior = _unigram(store, len(bundle.target.vocabulary)).to(device)
     objective: Objective = CrossEntropy(smoothing, prior)
-    if recipe.teacher.model and recipe.regularize.rdrop:
-        raise UsageError("regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null.")
     if recipe.teacher.model:
         objective = with_teacher(bundle, recipe.teacher.model, prior)
     elif recipe.regularize.rdrop:

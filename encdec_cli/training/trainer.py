@@ -36,7 +36,7 @@ from encdec_cli.training.keeper import Keeper
 from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
-from encdec_cli.training.lora import adapt
+from encdec_cli.training.lora import adapt, check_start
 from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
@@ -178,9 +178,13 @@ class Trainer:
         progress = self.progress
         return self._due(self.train.save_every) or progress.finished or progress.validated == progress.step
 
+    @property
+    def is_early(self) -> bool:
+        """Whether validations have not become better for as long as `train.patience` bears, before the last update."""
+        return 0 < self.train.patience <= self.progress.stale and self.progress.step < self.train.steps
+
     def _is_over(self) -> bool:
-        patience = self.train.patience
-        return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
+        return self.is_early or self.progress.step >= self.train.steps
 
     def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
@@ -319,8 +323,7 @@ class Trainer:
     def _resume(self) -> None:
         step = self._let_first("the start", self._recover)
         if step is None:
-            if self.setting.recipe.lora.rank and self.setting.init_from is None:
-                raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
+            check_start(self.setting.recipe.lora, self.setting.init_from is not None)
             return
         found = checkpoint.read(self.checkpoints, step, self.optimizer.rows())
         resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
@@ -330,6 +333,8 @@ class Trainer:
         self._take(found.tensors)
         if not self.progress.finished:
             self.setting.say(f"going on from update {self.progress.step} of {self.train.steps}")
+            if self.setting.init_from is not None:
+                self.setting.say("note: --init-from does nothing now: the run has weights of its own")
 
     def _recover(self) -> int | None:
         """Bring the folder in order; return the update of the newest whole checkpoint."""
