@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt, Le, Lt
+
 from encdec_cli.config import Chosen, Component, Unchecked, component_of, loader
 from encdec_cli.config import explain as explained
 from encdec_cli.config.mistakes import Mistakes
@@ -16,6 +18,11 @@ from encdec_cli.config.schema import plain_value
 from encdec_cli.config.tree import Node, Place, from_plain
 from encdec_cli.errors import UsageError
 from encdec_cli.registry import Plugin, corpora, load_plugin, load_plugins, metrics, models, strategies, tasks
+
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+Amount = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Lt(1)]
 
 
 @dataclass
@@ -26,146 +33,117 @@ class Text:
     """What a token is: a piece of a word learned from the data, a word between spaces, or a character."""
     algorithm: Literal["unigram", "bpe"] = "unigram"
     """How SentencePiece learns its pieces."""
-    vocabulary: int = 8000
+    vocabulary: Annotated[int, Ge(5)] = 8000
     """Most tokens in a vocabulary, the four special ones included."""
     shared: bool = True
     """Whether source and target share one vocabulary."""
-    max_source: int = 256
+    max_source: Annotated[int, Ge(2)] = 256
     """Most tokens of a source, its end token included."""
-    max_target: int = 256
+    max_target: Annotated[int, Ge(2)] = 256
     """Most tokens of a target, its end token included."""
     too_long: Literal["skip", "truncate", "stop"] = "skip"
     """What becomes of a longer example in training: leave it out, cut it, or stop with an error."""
-
-    def __post_init__(self) -> None:
-        _at_least(5, vocabulary=self.vocabulary)
-        _at_least(2, max_source=self.max_source, max_target=self.max_target)
 
 
 @dataclass
 class Train:
     """How the model learns, and how often its progress is judged and saved."""
 
-    steps: int = 10_000
+    steps: Positive = 10_000
     """Updates of the weights in all."""
-    tokens: int | Literal["auto"] = 4096
+    tokens: Positive | Literal["auto"] = 4096
     """Most padded tokens of the longer side in one micro-batch; auto takes what fits the memory when the run begins."""
     checkpointing: bool = False
     """Whether layers are computed a second time in the backward pass, which takes time and saves their activations."""
     compile: bool | Literal["auto"] = "auto"
     """Whether layers and loss go through torch's compiler; auto: on a GPU, in runs of 1,000 updates or more."""
-    accumulate: int = 1
+    accumulate: Positive = 1
     """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
     optimizer: Literal["adam", "adamw", "muon", "adafactor"] = "adamw"
     """The optimizer; adamw decays weights apart from the gradient, muon is adamw with Muon for inner matrices,
     adafactor keeps next to nothing in memory."""
-    rate: float = 1e-3
+    rate: Annotated[float, Gt(0)] = 1e-3
     """The highest learning rate, reached at the end of the warmup."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    betas: tuple[Share, Share] = (0.9, 0.98)
     """Adam's decay rates of the gradient's mean and of its square."""
-    weight_decay: float = 0.01
+    weight_decay: Amount = 0.01
     """How strongly weights are pulled to zero."""
-    warmup: int = 400
+    warmup: Count = 400
     """Updates in which the learning rate rises from zero."""
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = "inverse_sqrt"
     """How the learning rate falls after the warmup."""
-    clip: float = 1.0
+    clip: Amount = 1.0
     """Largest norm of the gradient; 0 does not clip."""
-    label_smoothing: float = 0.1
+    label_smoothing: Share = 0.1
     """Probability that the loss takes from the right token and spreads over all."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Numbers of the forward and backward pass; auto takes bf16 where the machine is fast at it."""
     on_nan: Literal["stop", "skip", "rollback"] = "stop"
     """After a loss or gradient that is not finite: stop, skip the update, or also roll back to the last checkpoint."""
-    save_every: int = 500
+    save_every: Positive = 500
     """Updates between two checkpoints."""
-    keep: int = 1
+    keep: Positive = 1
     """Checkpoints kept for resuming, the newest ones."""
-    validate_every: int = 500
+    validate_every: Count = 500
     """Updates between two validations; 0 never validates."""
-    valid_lines: int = 500
+    valid_lines: Count = 500
     """Most lines of the validation split that are decoded for a validation; 0 takes all."""
     metric: str = "bleu"
     """The metric on decoded validation lines that chooses the best model, with options as `--metric` takes them."""
-    patience: int = 0
+    patience: Count = 0
     """Validations without a better score after which training stops; 0 never stops early."""
-    ema: float = 0.0
+    ema: Share = 0.0
     """Share of a moving average of the weights that stays at an update, such as 0.999; the average is what is validated
     and kept as the model; 0 keeps none."""
     freeze: list[str] = field(default_factory=list)
     """Patterns of the names of parameters that do not learn, such as `encoder.*`."""
-    average: int = 0
+    average: Count = 0
     """Number of validated checkpoints whose weights are averaged at the end; 0 averages none."""
     average_of: Literal["last", "best"] = "last"
     """Which validated checkpoints are averaged: the last ones, or those with the best scores."""
-    log_every: int = 50
+    log_every: Positive = 50
     """Updates between two lines of the log."""
-    seed: int = 1
+    tensorboard: bool = False
+    """Whether the numbers of the log are written for TensorBoard too, into the run's folder `tensorboard`."""
+    seed: Count = 1
     """Seed of the first weights, of dropout and of the order of the examples."""
-    threads: int = 0
+    threads: Count = 0
     """CPU threads; 0 takes the cores that this process may use."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, steps=self.steps, accumulate=self.accumulate)
-        _at_least(1, **({"tokens": self.tokens} if isinstance(self.tokens, int) else {}))
-        _at_least(1, save_every=self.save_every, keep=self.keep, log_every=self.log_every)
-        _at_least(0, warmup=self.warmup, validate_every=self.validate_every, valid_lines=self.valid_lines)
-        _at_least(0, patience=self.patience, average=self.average, seed=self.seed, threads=self.threads)
-        _at_least(0, weight_decay=self.weight_decay, clip=self.clip)
-        if self.rate <= 0:
-            raise ValueError(f"rate ({self.rate}) must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas ({self.betas}) must be two numbers, each at least 0 and below 1")
-        for key, share in (("label_smoothing", self.label_smoothing), ("ema", self.ema)):
-            if not 0 <= share < 1:
-                raise ValueError(f"{key} ({share}) must be at least 0 and below 1")
 
 
 @dataclass
 class Lora:
     """Low-rank adaptation (https://arxiv.org/abs/2106.09685) of the model of --init-from."""
 
-    rank: int = 0
+    rank: Count = 0
     """Rank of the change that each linear layer learns while its own weights stay; 0 trains all weights themselves."""
-    alpha: float = 16.0
+    alpha: Annotated[float, Gt(0)] = 16.0
     """The change counts alpha / rank times."""
     targets: list[str] = field(default_factory=lambda: ["*"])
     """Patterns of the names of the linear layers that learn a change, such as `decoder.*.cross.*`."""
     whole: list[str] = field(default_factory=list)
     """Patterns of the names of parameters that learn all of their weights beside it, such as `*embedding*`."""
 
-    def __post_init__(self) -> None:
-        _at_least(0, rank=self.rank)
-        if self.alpha <= 0:
-            raise ValueError(f"alpha ({self.alpha}) must be above 0")
-
 
 @dataclass
 class Regularize:
     """What makes learning harder so that the model generalises better; all of it is off unless asked for."""
 
-    rdrop: float = 0.0
+    rdrop: Amount = 0.0
     """Weight of R-Drop (https://arxiv.org/abs/2106.14448): each batch is read twice with different dropout, and the two
     distributions of every target token are pulled together; 5 is usual for translation. Updates take twice as long."""
     smoothing_prior: Literal["uniform", "unigram"] = "uniform"
     """How train.label_smoothing spreads: evenly, or by how often each token stands in the training targets."""
-    subword_sampling: float = 0.0
+    subword_sampling: Amount = 0.0
     """Cut the training text into other subwords each time; SentencePiece's alpha. With text.algorithm bpe the
     probability of leaving out a merge (BPE-dropout, https://arxiv.org/abs/1910.13267; 0.1 is usual), with unigram the
     power of a segmentation's probability (https://arxiv.org/abs/1804.10959; 0.2 to 0.5, less is noisier)."""
-    word_dropout_source: float = 0.0
+    word_dropout_source: Share = 0.0
     """Probability with which a source token is hidden: read as `<unk>` (https://arxiv.org/abs/1512.05287)."""
-    word_dropout_target: float = 0.0
+    word_dropout_target: Share = 0.0
     """Likewise for target tokens that the decoder reads (https://arxiv.org/abs/1511.06349); it still writes them."""
-    word_dropout_warmup: int = 0
+    word_dropout_warmup: Count = 0
     """Updates in which both probabilities rise from zero."""
-
-    def __post_init__(self) -> None:
-        _at_least(0, rdrop=self.rdrop, subword_sampling=self.subword_sampling)
-        _at_least(0, word_dropout_warmup=self.word_dropout_warmup)
-        for key in ("word_dropout_source", "word_dropout_target"):
-            if not 0 <= vars(self)[key] < 1:
-                raise ValueError(f"{key}: {vars(self)[key]} must be at least 0 and below 1")
 
 
 @dataclass
@@ -173,18 +151,15 @@ class Guide:
     """Guided alignment (https://arxiv.org/abs/1909.02074): one head of the decoder's attention learns to look where a
     word aligner says that a word comes from; `--alignments LAYER.HEAD` then reads it."""
 
-    weight: float = 0.0
+    weight: Amount = 0.0
     """Weight of its loss beside that of the tokens; 0.05 is usual, 0 guides nothing."""
     layer: int = -1
     """Decoder layer of the head, from 0; -1 is the last, -2 the one before it."""
-    head: int = 0
+    head: Count = 0
     """The head, from 0."""
     alignments: str = ""
     """A file with the links `i-j` of the words of each training example, a line each, as fast_align writes it; empty:
     IBM Model 1 learns them from the training examples, if they are not too many."""
-
-    def __post_init__(self) -> None:
-        _at_least(0, weight=self.weight, head=self.head)
 
 
 @dataclass
@@ -194,19 +169,12 @@ class Risk:
 
     metric: str = ""
     """The metric that judges each output, with options as `--metric` takes them; empty: no such training."""
-    samples: int = 5
+    samples: Positive = 5
     """Outputs drawn for each source; the risk is taken over those that differ and the reference."""
-    sharpness: float = 0.005
+    sharpness: Annotated[float, Gt(0)] = 0.005
     """Power of an output's probability in the risk."""
-    weight: float = 1.0
+    weight: Annotated[float, Gt(0), Le(1)] = 1.0
     """Share of the risk in the loss; the rest is that of the reference's tokens."""
-
-    def __post_init__(self) -> None:
-        _at_least(1, samples=self.samples)
-        if self.sharpness <= 0:
-            raise ValueError(f"sharpness: {self.sharpness} must be above 0")
-        if not 0 < self.weight <= 1:
-            raise ValueError(f"weight: {self.weight} must be above 0 and at most 1")
 
 
 @dataclass
@@ -215,31 +183,22 @@ class Teacher:
 
     model: Path | None = None
     """Bundle or run of the teacher, which must have the run's vocabularies; null for none."""
-    weight: float = 0.5
+    weight: Annotated[float, Ge(0), Le(1)] = 0.5
     """What learning from the teacher counts, from 0 to 1; the real targets count the rest."""
-    temperature: float = 1.0
+    temperature: Annotated[float, Gt(0)] = 1.0
     """What the logits of both are divided by; above 1 unlikely tokens count for more."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"weight: {self.weight} must be from 0 to 1.")
-        if self.temperature <= 0:
-            raise ValueError(f"temperature: {self.temperature} must be above 0.")
 
 
 @dataclass
 class Cost:
     """What the machine costs, for the account of the run; what is 0 is left out of it."""
 
-    price_per_hour: float = 0.0
+    price_per_hour: Amount = 0.0
     """Price of an hour of the machine, in any currency."""
-    watts: float = 0.0
+    watts: Amount = 0.0
     """Power that the machine draws while it trains; 0 takes what the machine measures, if it does."""
-    carbon_intensity: float = 0.0
+    carbon_intensity: Amount = 0.0
     """Grams of CO2 for a kilowatt hour."""
-
-    def __post_init__(self) -> None:
-        _at_least(0, price_per_hour=self.price_per_hour, watts=self.watts, carbon_intensity=self.carbon_intensity)
 
 
 @dataclass
@@ -248,18 +207,8 @@ class Parallel:
 
     shard: bool = False
     """Keep a share of weights, gradients and optimizer state in each process, for models that do not fit one device."""
-    timeout: float = 20.0
+    timeout: Annotated[float, Gt(0)] = 20.0
     """Seconds after which a process that is dead, stopped or late is named and given up by the others."""
-
-    def __post_init__(self) -> None:
-        if self.timeout <= 0:
-            raise ValueError(f"timeout ({self.timeout}) must be above 0")
-
-
-def _at_least(least: int, **values: float) -> None:
-    wrong = [f"{key} ({value})" for key, value in values.items() if value < least]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong)} must be at least {least}")
 
 
 @dataclass(kw_only=True)

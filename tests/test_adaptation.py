@@ -218,6 +218,7 @@ def test_what_is_adapted_must_have_learned_before(forks, recipe, tmp_path):
     assert done.wait() == 2
     assert "lora.rank" in done.stderr
     assert "--init-from" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_adapted_run_that_was_killed_ends_with_the_same_bytes(forks, base, recipe, tmp_path):
@@ -237,6 +238,7 @@ def test_an_adapted_run_that_was_killed_ends_with_the_same_bytes(forks, base, re
         kills += 1
     assert command.code() == 0, command.stderr
     assert kills
+    assert "note: --init-from does nothing now" in command.stderr
     assert fingerprint(run) == fingerprint(tmp_path / "unbroken")
     before, after = weights(base / "bundle"), weights(run / "bundle")
     assert before.keys() == after.keys()

@@ -30,6 +30,7 @@ from encdec_cli.training.account import Account
 from encdec_cli.training.budget import settle
 from encdec_cli.training.energy import EnergyMeter
 from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.largest import need
 from encdec_cli.training.loss import real_rows
 from encdec_cli.training.meter import Meter, read
 from encdec_cli.training.objective import CrossEntropy
@@ -94,8 +95,7 @@ MODELS = {
 
 
 def found(model) -> flops.Formula:
-    count = partial(read, model, CrossEntropy(0.1), list(model.parameters()))
-    return flops.find(count, (VOCAB, VOCAB), model.max_positions)
+    return flops.find(model, 0.1, (VOCAB, VOCAB), "cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,16 +175,16 @@ def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, ch
 
     asked = []
     several = forecast(model, lambda rows: asked.append(len(rows)) or load(rows), 2, dtype)
-    need = several.need(np.arange(160))
+    found = several.need(np.arange(160))
     assert max(asked) < 160 / 2
     whole = read(model, CrossEntropy(0.1), several.gradients.parameters, load(np.arange(160))).peak
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert need.activations == pytest.approx(several.gradients.workers * whole, rel=0.02, abs=4 * parameters)
-    assert need.gradients == 4 * parameters
-    assert need.weights == dtype.itemsize * parameters
-    assert need.optimizer == (8 if dtype == torch.float32 else 12) * parameters + 8  # and the number of updates
-    assert need.waste == round(0.5 * (need.activations + need.gradients))
-    assert need.total == need.program + need.weights + need.optimizer + need.growth
+    assert found.activations == pytest.approx(several.gradients.workers * whole, rel=0.02, abs=4 * parameters)
+    assert found.gradients == 4 * parameters
+    assert found.weights == dtype.itemsize * parameters
+    assert found.optimizer == (8 if dtype == torch.float32 else 12) * parameters + 8  # and the number of updates
+    assert found.waste == round(0.5 * (found.activations + found.gradients))
+    assert found.total == found.program + found.weights + found.optimizer + found.growth
 
 
 def setting(recipe: Path, run: Path, *overrides: str) -> Setting:
@@ -201,11 +201,11 @@ def test_the_largest_budget_that_fits(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.3)
     monkeypatch.setattr(budget, "_FIRST", 128)
     judge = Trainer(settle_with(wanted, 128))
-    free = int(judge.need(640).growth / budget._SHARE) + 1
+    free = int(need(judge, 640).growth / budget._SHARE) + 1
     monkeypatch.setattr(budget, "available", lambda _device: free)
     tokens = settle(wanted).recipe.train.tokens
     assert tokens >= 512
-    assert judge.need(tokens).growth <= budget._SHARE * free
+    assert need(judge, tokens).growth <= budget._SHARE * free
     monkeypatch.setattr(budget, "available", lambda _device: 1000)
     with pytest.raises(ResourceError, match=r"longest example, \d+ tokens"):
         settle(wanted)

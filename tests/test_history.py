@@ -165,6 +165,15 @@ def test_compare_lays_recipes_and_scores_side_by_side(tmp_path):
     assert value["runs"][0]["valid"][1] == {"step": 40, "loss": 1.25, "bleu": 31.0, "tokens": 400, "seconds": 21.0}
 
 
+def test_compare_names_a_run_that_has_not_begun(tmp_path):
+    run = made(tmp_path / "a", LINES, {"step": 20})
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "lock").touch()
+    done = encdec("compare", run, tmp_path / "new")
+    assert done.returncode == 2
+    assert f"{tmp_path / 'new'}: has not begun to train" in done.stderr
+
+
 def test_compare_without_a_difference(tmp_path):
     run = made(tmp_path / "a", LINES, {"step": 20})
     assert encdec("compare", run, run).stdout.startswith("no difference between the recipes\n")

@@ -16,7 +16,6 @@ from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.shard import Side
 from encdec_cli.data.store import Store, write_shards
 from encdec_cli.decoding.attention import Head
-from encdec_cli.errors import UsageError
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.models.transformer import Transformer
@@ -230,12 +229,6 @@ def test_outputs_are_drawn_by_the_seed_and_judged_by_the_metric():
         assert all(len(ids) <= 2 + 4 for ids in real)
         for ids, text, cost in zip(some, texts, judged.costs[row].tolist(), strict=True):
             assert cost == (0.0 if len(ids) == 1 or text == reference else 1.0)  # one word: F1 is all or nothing
-
-
-def test_a_metric_that_judges_no_outputs_is_refused():
-    bundle = small_bundle("perplexity", 2)
-    with pytest.raises(UsageError, match=r"risk\.metric: perplexity judges no outputs"):
-        Judge(bundle, bundle.recipe.risk)
 
 
 def test_less_risk_is_learned():

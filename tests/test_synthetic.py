@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -273,5 +274,16 @@ def test_distill_trains_and_compares_and_has_nothing_to_do_the_second_time(forks
     assert rows[0]["parameters"] > rows[1]["parameters"] == rows[2]["parameters"]
     assert rows[0]["speed_up"] == 1
     assert rows[1]["scores"][0]["baseline"] == rows[0]["scores"][0]["value"]
+    # What the run would be refused for afterwards is told before a teacher writes anything.
+    another = shutil.copytree(tmp_path / "small" / "bundle", tmp_path / "another")
+    for changed, why in (
+        ((*words, "--strategy", "beam=1"), "data.strategy was '', is 'beam=1'"),
+        (("distill", another, *words[2:]), "(data.models) have changed"),
+        (("distill", *words[1:5], copy_run), "is the run of a teacher"),
+    ):
+        refused = forks(*changed)
+        assert refused.wait() == 2
+        assert why in refused.stderr
+        assert "writing in" not in refused.stderr
     test = Bundle.load(tmp_path / "small").recipe.data.config.read("test")
     assert [example.source for example in test] == (tmp_path / "corpus" / "test.src").read_text().split("\n")[:-1]

@@ -13,9 +13,7 @@ from encdec_cli.training.signals import Stop
 from encdec_cli.training.trainer import Setting, Trainer
 
 
-def trainer(
-    recipe: Path, run: Path, *overrides: str, say: Callable[[str], None] = str, device: str = "cpu"
-) -> Trainer:
+def trainer(recipe: Path, run: Path, *overrides: str, say: Callable[[str], None] = str, device: str = "cpu") -> Trainer:
     """What `encdec train RECIPE OVERRIDES --output RUN` would let run; the caller holds no lock and gets no signals."""
     torch.set_num_threads(1)
     loaded = load(recipe, ["train.precision=fp32", *overrides])

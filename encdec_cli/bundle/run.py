@@ -6,6 +6,7 @@ runs/mt/
   bundles/step_N/       models that scored best, kept for use and for averaging
   bundle -> bundles/…   the model to use: the best one of the newest checkpoint
   log.jsonl             one JSON object a line
+  tensorboard/          the same for TensorBoard, where the recipe asks for it
   run.json              what the run is made of, written when it starts or goes on
   lock                  who is writing here
 """

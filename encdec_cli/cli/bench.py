@@ -98,9 +98,11 @@ def _training(
     from encdec_cli.bundle.run import default_run, locked
     from encdec_cli.cli import console
     from encdec_cli.recipe import load
+    from encdec_cli.training.beforehand import check
     from encdec_cli.training.budget import settle
     from encdec_cli.training.ceiling import matrix_ceiling
     from encdec_cli.training.data import prepared_data
+    from encdec_cli.training.distributed import Ranks
     from encdec_cli.training.machine import use_threads
     from encdec_cli.training.precision import choose
     from encdec_cli.training.signals import watched
@@ -110,6 +112,7 @@ def _training(
     loaded, run = load(recipe, overrides, plugins=plugins), output or default_run(recipe)
     threads = use_threads(loaded.train.threads)
     with locked(run), watched() as stop, tempfile.TemporaryDirectory(prefix="encdec-bench-") as scratch:
+        check(loaded, run, False, Ranks(), console.say)
         data, _ = prepared_data(loaded, run, console.say, device)
         trainer = Trainer(settle(Setting(loaded, data, Path(scratch), device, stop, console.say, loaded.loaded)))
         pace = training_pace(trainer, seconds)

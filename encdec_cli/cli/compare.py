@@ -42,9 +42,13 @@ def compare(
     import json
 
     from encdec_cli.cli.console import table
+    from encdec_cli.errors import UsageError
     from encdec_cli.training.history import read
 
     histories = [read(run) for run in runs]
+    for history in histories:
+        if not history.facts:
+            raise UsageError(f"{history.run}: has not begun to train, so there is nothing to compare; leave it out.")
     differences = _differences(histories)
     if as_json:
         print(json.dumps({"differences": differences, "runs": list(map(_record, histories))}, ensure_ascii=False))

@@ -67,8 +67,11 @@ def distill(
         raise UsageError(
             "--metric perplexity: outputs are compared; a metric of probabilities needs `encdec evaluate`."
         )
-    recipe = _with_outputs(recipe, [teacher, *(model or [])], strategy, rerank)
-    run = output or default_run(student)
+    teachers = [teacher, *(model or [])]
+    recipe, run = _with_outputs(recipe, teachers, strategy, rerank), output or default_run(student)
+    for path in map(Path.resolve, teachers):
+        if run.resolve() in (path, *path.parents[:2]):  # a model of a run lies two folders below it
+            raise UsageError(f"--output {run}: is the run of a teacher, {path}; choose another folder.")
     train_run(recipe, run, device)
     small = "int8" if device == "cpu" and supported() else "bf16"
     models = [(teacher, "fp32"), (run, "fp32"), (run, small)]

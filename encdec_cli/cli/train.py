@@ -73,9 +73,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
-    from encdec_cli.config import parse_component
-    from encdec_cli.evaluation.metrics import try_out
-    from encdec_cli.registry import metrics
+    from encdec_cli.training.beforehand import check
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
     from encdec_cli.training.distributed import joined, shared_cores
@@ -85,12 +83,12 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
 
     check_device(device)
     add_in_order(device)
-    try_out(parse_component(recipe.train.metric, metrics, "train.metric"))  # before any time goes into the data
     use_threads(recipe.train.threads, shared_cores())
     start = Bundle.load(init_from) if init_from else None
     with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
         with locked(run) if ranks.first else _quiet():
+            check(recipe, run, start is not None, ranks, say)
             data = shared_data(recipe, run, say, ranks, own_device)
             setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks)
             trainer = Trainer(settle(setting))
@@ -106,9 +104,9 @@ def _run(trainer: Trainer, steps: int) -> None:
 
     setting, step = trainer.setting, trainer.progress.step
     if trainer.progress.finished:
+        what, key = (_early(trainer), "patience") if trainer.is_early else (f"has finished its {step} updates", "steps")
         setting.say(
-            f"nothing to do: {setting.run} has finished its {step} updates; raise train.steps to go on, "
-            "or choose another --output to start anew"
+            f"nothing to do: {setting.run} {what}; raise train.{key} to go on, or choose another --output to start anew"
         )
         return
     setting.ranks.first_does("the forecast of memory", lambda: _tell_memory(trainer))
@@ -117,8 +115,15 @@ def _run(trainer: Trainer, steps: int) -> None:
         return
     with console.progress("training", steps, step) as bar:
         trainer.run(TrainingProgress(bar, steps, step).progress)
+    if trainer.is_early:
+        setting.say(_early(trainer))
     setting.say(trainer.account.sentence(trainer.progress))
     setting.say(f"model: {setting.run}")
+
+
+def _early(trainer: Trainer) -> str:
+    progress, train = trainer.progress, trainer.train
+    return f"stopped early, at update {progress.step}: {progress.stale} validations without a better {train.metric}"
 
 
 @contextmanager
@@ -163,28 +168,30 @@ def _tell_memory(trainer: Trainer) -> None:
     import torch
 
     from encdec_cli.cli import console
+    from encdec_cli.training.largest import need
     from encdec_cli.training.memory import available
 
     if trainer.layout.even:  # what a share needs is not predicted
         return
-    need, free = trainer.need(), available(torch.device(trainer.setting.device))
-    console.say(f"memory: {_size(need.total)} at most")
-    if 0 < free < need.growth:
+    wanted, free = need(trainer), available(torch.device(trainer.setting.device))
+    console.say(f"memory: {_size(wanted.total)} at most")
+    if 0 < free < wanted.growth:
         console.warn(
-            f"{_size(free)} are free, and the run will need {_size(need.growth)} more than it has now; lower "
+            f"{_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has now; lower "
             "train.tokens, or set train.checkpointing=true"
         )
 
 
 def _dry_run(trainer: Trainer) -> str:
     from encdec_cli.cli.console import table
+    from encdec_cli.training.largest import need, try_largest
 
-    need = None if trainer.layout.even else trainer.need()
-    parameters, learning, batches = trainer.try_largest()
+    wanted = None if trainer.layout.even else need(trainer)
+    parameters, learning, batches = try_largest(trainer)
     some = f", of which {learning:,} learn," if learning < parameters else ""
-    parts = {**vars(need), "total": need.total} if need else {}
+    parts = {**vars(wanted), "total": wanted.total} if wanted else {}
     rows = [[name, _size(value)] for name, value in parts.items() if value]
-    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if need else ""
+    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if wanted else ""
     return (
         f"{memory}dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
         "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"

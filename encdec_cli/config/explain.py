@@ -42,8 +42,9 @@ def recipe_text(schema: type[Any]) -> str:
     hints, texts = types_of(schema), descriptions(schema)
     lines = _comment(inspect.cleandoc(schema.__doc__ or ""), "")
     for key, field in recipe_keys(schema).items():
-        lines += ["", *_comment(texts.get(key, ""), "")]
         chosen = chosen_of(hints[key])
+        needed = " It has no default: every recipe names one." if chosen and not chosen.default else ""
+        lines += ["", *_comment(f"{texts.get(key, '')}{needed}", "")]
         if chosen:
             lines += _components(key, chosen)
         elif is_dataclass(hints[key]):

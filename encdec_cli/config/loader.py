@@ -106,9 +106,6 @@ def build(
 def _build_section(hint: Any, given: Node | None, tree: Node, key: str, mistakes: Mistakes) -> Any:
     chosen = chosen_of(hint)
     if chosen is not None:
-        if given is None and chosen.default is None:
-            mistakes.add(tree.place, key, "missing")
-            return None
         return build_component(chosen, given or Node({}, tree.place, tree.place), key, mistakes)
     if given is not None and given.value is None:
         given = Node({}, given.place, given.key)

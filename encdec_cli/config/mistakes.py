@@ -29,6 +29,12 @@ _EXPECTED = {
     "path_type": "a path",
     "none_required": "null",
 }
+_BOUNDS = {
+    "greater_than_equal": "at least {ge:g}",
+    "greater_than": "above {gt:g}",
+    "less_than_equal": "at most {le:g}",
+    "less_than": "below {lt:g}",
+}
 
 
 class Mistakes:
@@ -121,6 +127,8 @@ def _mismatch(errors: Sequence[Any], node: Node) -> str:
     for error in errors:
         if error["type"] in _EXPECTED:
             expected.append(_EXPECTED[error["type"]])
+        elif error["type"] in _BOUNDS:
+            expected.append(_BOUNDS[error["type"]].format(**error["ctx"]))
         elif error["type"] in ("literal_error", "enum"):
             expected.append(str(error["ctx"]["expected"]))
         else:

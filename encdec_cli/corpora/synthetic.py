@@ -83,9 +83,13 @@ class Synthetic(Corpus):
     def asked_mark(self) -> str:
         """Return a text that changes when what is `asked` may have changed; cheap to make."""
 
+    def identities(self) -> list[str]:
+        """Return what changes with the files of each model."""
+        return list(map(_identity, self.models))
+
     def mark(self) -> str:
         """Return a digest of all that decides what the models write."""
-        return _digest(self.asked_mark(), *map(_identity, self.models), self.strategy, self.rerank)
+        return _digest(self.asked_mark(), *self.identities(), self.strategy, self.rerank)
 
     def fingerprint(self) -> str:
         """Return a digest of what the models write and of the real corpus."""

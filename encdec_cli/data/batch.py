@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,10 +54,16 @@ class Batch:
         return (self.known_target[:, 1:] != PAD).sum(1)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its tensors on a device."""
-        others = (None if side is None else side.to(device) for side in (self.target, self.seen, self.links))
-        target, seen, links = others
-        return Batch(self.source.to(device), target, self.rows, seen, links)
+        """Return the batch with its tensors on a device, without waiting for a copy from `pinned` memory."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
+
+    def pinned(self) -> Batch:
+        """Return the batch in memory from which a GPU copies while it computes."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        target, seen, links = (None if t is None else change(t) for t in (self.target, self.seen, self.links))
+        return Batch(change(self.source), target, self.rows, seen, links)
 
     def take(self, begin: int, end: int) -> Batch:
         """Return the examples `begin … end - 1`, padded no longer than they need; no copies."""

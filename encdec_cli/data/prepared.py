@@ -67,6 +67,12 @@ class Prepared:
         """Return the number of examples that a split's store holds."""
         return len(self.stores[split])
 
+    def longest(self, *splits: str) -> int:
+        """Return the most tokens that an example of some splits has on one side, EOS counted."""
+        stores = [self.stores[split] for split in splits]
+        sides = [side for store in stores for side in (store.source_lengths, store.target_lengths)]
+        return 1 + max(int(side.max(initial=0)) for side in sides)
+
     def path(self, split: str) -> Path:
         """Return the file with every example of `valid` or `test` as text."""
         return self.folder / text_name(split)

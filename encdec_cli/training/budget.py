@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.errors import ResourceError, UsageError
+from encdec_cli.errors import ResourceError
+from encdec_cli.training.largest import need
 from encdec_cli.training.memory import available
 from encdec_cli.training.trainer import Setting, Trainer
 
@@ -31,10 +32,7 @@ def settle(setting: Setting) -> Setting:
     before = checkpoint.newest_facts(setting.run / "checkpoints")
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
-    if setting.ranks.world > 1:
-        raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
-    store = setting.data.store("train")
-    longest = 1 + int(max(store.source_lengths.max(initial=0), store.target_lengths.max(initial=0)))
+    longest = setting.data.longest("train")
     trainer = Trainer(_with(setting, max(_FIRST, longest)))
     with closing(trainer.gradients):
         tokens = _largest(trainer, longest)
@@ -53,10 +51,10 @@ def _largest(trainer: Trainer, longest: int) -> int:
     limit = int(_SHARE * available(torch.device(trainer.setting.device)))
     ladder = [longest, *(step for step in _ladder() if longest < step <= MOST)]
     first = max(_FIRST, longest)
-    need = trainer.need(first)
-    guess = first * (limit - need.gradients) / max(1, need.growth - need.gradients)
+    usual = need(trainer, first)
+    guess = first * (limit - usual.gradients) / max(1, usual.growth - usual.gradients)
     for tokens in reversed([step for step in ladder if step <= guess] or ladder[:1]):
-        if trainer.need(tokens).growth <= limit:
+        if need(trainer, tokens).growth <= limit:
             return tokens
     raise ResourceError(
         f"train.tokens: auto: a micro-batch of the longest example, {longest} tokens, does not fit into the "

@@ -27,8 +27,10 @@ def compiles(recipe: Recipe, model: Model, device: str) -> bool:
     if wanted and not model.can_compile:
         raise UsageError(f"train.compile: this model ({type(model).__name__}) cannot be compiled; set it to false.")
     if wanted and sharded:
-        raise UsageError("train.compile: sharded weights are gathered layer by layer, outside the compiler; set it to "
-                         "false, or parallel.shard to false.")
+        raise UsageError(
+            "train.compile: sharded weights are gathered layer by layer, outside the compiler; set it to "
+            "false, or parallel.shard to false."
+        )
     return bool(wanted)
 
 

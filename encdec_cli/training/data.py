@@ -32,9 +32,11 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device:
     if is_current(folder, mark):
         return Prepared.open(folder), False
     if isinstance(corpus, Synthetic):
-        from encdec_cli.training.synthesis import write_outputs  # noqa: PLC0415 - it needs torch, most corpora do not
+        # It needs torch, most corpora do not.
+        from encdec_cli.training.synthesis import FOLDER, check_writers, write_outputs  # noqa: PLC0415
 
-        write_outputs(corpus, run / "synthetic", device, say)
+        check_writers(recipe, run)
+        write_outputs(corpus, run / FOLDER, device, say)
     say(f"preparing data in {folder}")
     return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say, partial(_accept, recipe, run)), True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from random import Random
 
@@ -40,15 +41,33 @@ class Feed:
         self._seed, self._noise = recipe.train.seed, recipe.regularize
         self._limits = bundle.longest_source, bundle.longest_target
         self._judge = Judge(bundle, recipe.risk) if recipe.risk.metric else None
+        self._reader = ThreadPoolExecutor(1)
+        self._ahead: dict[tuple[int, bytes], Future[Batch]] = {}
         self._resamplers: list[Resampler] = []
         if amount := self._noise.subword_sampling:
             symbols = (*bundle.task.symbols(), *recipe.data.config.symbols())
             settings = recipe.text.algorithm, amount, symbols
             self._resamplers = [Resampler(tokenizer, *settings) for tokenizer in (bundle.source, bundle.target)]
 
+    def close(self) -> None:
+        """Let the thread end that reads ahead."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def expect(self, rows: Ints, update: int) -> None:
+        """Read some examples that will be asked for soon, while the model computes."""
+        self._ahead[update, rows.tobytes()] = self._reader.submit(self._read, rows, update)
+
     def __call__(self, rows: Ints, update: int) -> Batch:
         """Return some examples as the micro-batch of an update, on the model's device."""
-        seed = self._seed * 1_000_003 + update
+        ahead = self._ahead.pop((update, rows.tobytes()), None)
+        batch = (ahead.result() if ahead else self._read(rows, update)).to(self._device)
+        return batch if self._judge is None else self._judge(batch, self._seed_of(update))
+
+    def _seed_of(self, update: int) -> int:
+        return self._seed * 1_000_003 + update
+
+    def _read(self, rows: Ints, update: int) -> Batch:
+        seed = self._seed_of(update)
         source, target = self._store.gather(rows)
         if self._resamplers:
             randoms = [Random(f"{seed} {row}") for row in rows.tolist()]
@@ -58,8 +77,8 @@ class Feed:
             batch = collate(source, target, rows.tolist())
         if self._links is not None:
             batch = replace(batch, links=self._links(batch))
-        batch = self._hide(batch, seed, update).to(self._device)
-        return batch if self._judge is None else self._judge(batch, seed)
+        batch = self._hide(batch, seed, update)
+        return batch.pinned() if self._device.startswith("cuda") else batch
 
     def _resampled(self, side: Ragged, randoms: Sequence[Random], number: int) -> list[list[int]]:
         resampler, most = self._resamplers[number], self._limits[number]

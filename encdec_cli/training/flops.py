@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 
 import numpy as np
 import numpy.typing as npt
 
-from encdec_cli.data.batch import Batch, collate
-from encdec_cli.training.meter import Reading
+from encdec_cli.data.batch import collate
+from encdec_cli.models.model import Model
+from encdec_cli.training.meter import read
+from encdec_cli.training.objective import CrossEntropy
 
 Wholes = npt.NDArray[np.int64]
 Whole = int | Wholes
@@ -59,23 +61,29 @@ class Formula:
         return int((np.array(self.saved) @ features(rows, source, target, rows * target)).argmax())
 
 
-def find(count: Callable[[Batch], Reading], vocabularies: Sequence[int], longest: int | None) -> Formula:
-    """Return the formula that fits what `count` says of some tiny micro-batches.
+def find(model: Model, smoothing: float, vocabularies: Sequence[int], device: str) -> Formula:
+    """Return the formula that fits what loss and gradient of some tiny micro-batches take.
+
+    What R-Drop, a teacher and the like add is left out, and to compute layers again is no work of the model.
 
     Args:
-        count: computes loss and gradient.
+        model: those of its parameters count that learn.
+        smoothing: of labels.
         vocabularies: tokens of the source's and of the target's.
-        longest: most positions of the model, None without limit.
+        device: the model's.
     """
+    objective, learning = CrossEntropy(smoothing), [p for p in model.parameters() if p.requires_grad]
+    checkpointing, model.checkpointing = model.checkpointing, False
     rows, readings = [], []
     for lengths in (_SAMPLES[2], *_SAMPLES):  # the first time a model may make things that it keeps
-        source, target = ([min(one, longest or one) for one in side] for side in lengths)
+        source, target = ([min(one, model.max_positions or one) for one in side] for side in lengths)
         ids = [
             [list(islice(cycle(range(4, vocabulary)), length - 1)) for length in side]
             for vocabulary, side in zip(vocabularies, (source, target), strict=True)
         ]
-        readings.append(count(collate(ids[0], ids[1], range(len(source)))))
+        readings.append(read(model, objective, learning, collate(ids[0], ids[1], range(len(source))).to(device)))
         rows.append(features(len(source), max(source), max(target), sum(target)))
+    model.checkpointing = checkpointing
     return Formula(
         *(
             _solve(rows[1:], [each.flops for each in readings[1:]]),

@@ -134,10 +134,11 @@ def read(run: Path) -> History:
     if (run / FACTS).is_file():
         facts = atomic.read_json(run / FACTS)
     written = log.stat().st_mtime if log.is_file() else 0.0
-    return History(run, holder, alive, _lines(log), written, saved, facts)
+    return History(run, holder, alive, read_log(log), written, saved, facts)
 
 
-def _lines(log: Path) -> list[dict[str, Any]]:
+def read_log(log: Path) -> list[dict[str, Any]]:
+    """Return the lines of a log as `History` has them. Raises BundleError that names one that is none."""
     content = log.read_bytes() if log.is_file() else b""
     lines, past, last, tokens = [], 0.0, 0.0, 0
     for number, text in enumerate(content.split(b"\n")[:-1], 1):  # what follows is being written

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
-from encdec_cli.errors import ResourceError, UsageError
+from encdec_cli.errors import ResourceError
 from encdec_cli.models.model import Model
 from encdec_cli.recipe import Recipe
 from encdec_cli.training.distributed import Ranks
@@ -129,20 +129,9 @@ def _mark(tensors: Iterable[Tensor]) -> int:
 
 
 def make_layout(recipe: Recipe, ranks: Ranks) -> Layout:
-    """Return the layout of a run; one process alone has all. Raises UsageError for what shares cannot do."""
+    """Return the layout of a run; one process alone has all."""
     if not (recipe.parallel.shard and ranks.world > 1):
         return Replicated(ranks)
-    whole = {
-        "train.checkpointing": recipe.train.checkpointing,
-        "train.ema": recipe.train.ema,
-        "train.freeze": recipe.train.freeze,
-        "lora.rank": recipe.lora.rank,
-        "guide.weight": recipe.guide.weight,
-        "risk.metric": recipe.risk.metric,
-        "teacher.model": recipe.teacher.model,
-    }
-    if asked := [key for key, value in whole.items() if value]:
-        raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")
     from encdec_cli.training.sharding import Sharded  # noqa: PLC0415 - it takes seconds
 
     return Sharded(ranks)

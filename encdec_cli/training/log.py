@@ -7,19 +7,26 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from encdec_cli import atomic
+
+if TYPE_CHECKING:
+    from encdec_cli.training.tensorboard import Board
 
 CLOCK = "clock"
 """The field that holds all that depends on time and machine; it stands last in its line."""
 
 
 class Log:
-    """Appends one JSON object a line to a file, which is made when the first line is written."""
+    """Appends one JSON object a line to a file, which is made when the first line is written.
 
-    def __init__(self, path: Path) -> None:
+    board: is given each line too.
+    """
+
+    def __init__(self, path: Path, board: Board | None = None) -> None:
         self.path = path
+        self.board = board
 
     def keep(self, lines: int) -> None:
         """Cut off all but the first `lines`, and a line that a killed process left unfinished, in one replacement.
@@ -45,12 +52,14 @@ class Log:
             fields: what a repetition of the run would write again; numbers that are not finite become null.
             clock: dates, seconds, speeds: all that a repetition would not write again.
         """
-        line = {"event": event, "step": step, **fields, CLOCK: dict(clock)}
-        content = json.dumps(_plain(line), allow_nan=False) + "\n"
+        line = _plain({"event": event, "step": step, **fields, CLOCK: clock})
+        content = json.dumps(line, allow_nan=False) + "\n"
         with atomic.disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as file:
                 file.write(content.encode())
+        if self.board is not None:
+            self.board.add(line)
 
     def sync(self) -> None:
         """Flush the lines to the disk, so that they outlive a power cut. Call it before a checkpoint is saved."""

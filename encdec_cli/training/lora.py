@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encdec_cli.errors import UsageError
 from encdec_cli.models.linear import Linear
 from encdec_cli.recipe import Lora
 from encdec_cli.training.learning import matching
@@ -50,6 +51,12 @@ def adapt(model: nn.Module, lora: Lora) -> None:
     for name in matching(lora.targets, linear, "lora.targets", "linear layer"):
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, LoraLinear(linear[name], lora.rank, lora.alpha / lora.rank))
+
+
+def check_start(lora: Lora, starts: bool) -> None:
+    """Raise UsageError if the model that is to be adapted has learned nothing: it `starts` from no other."""
+    if lora.rank and not starts:
+        raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
 
 
 def merged(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -85,9 +85,7 @@ class CrossEntropy:
         return _parts(logits, self.target[rows].unsqueeze(1), self.smoothing, self.prior)
 
 
-def _parts(
-    logits: Tensor, wanted: Tensor, smoothing: float, prior: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(logits: Tensor, wanted: Tensor, smoothing: float, prior: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     # One fp32 copy, used in place from here on: the output layer's own backward may need the logits themselves.
     scores = logits.detach().to(torch.float32, copy=True)
     right = scores.gather(1, wanted)

@@ -42,22 +42,22 @@ class Muon:
     def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
         """Change the masters; see `Rule`."""
         by_shape: dict[torch.Size, list[tuple[Weight, Tensor]]] = {}
-        for weight in weights:
-            blocks = square_blocks(self._direction(weight))
+        for weight, direction in zip(weights, self._directions(weights), strict=True):
+            blocks = square_blocks(direction)
             by_shape.setdefault(blocks.shape[1:], []).append((weight, blocks))
         for shape, members in by_shape.items():
             steps = orthogonalised(torch.cat([blocks for _, blocks in members]), self.dtype)
             size = 0.2 * max(shape) ** 0.5 * rate
-            for weight, blocks in members:
-                weight.master.mul_(1 - rate * self.weight_decay)
-                square_blocks(weight.master).sub_(steps[: len(blocks)], alpha=size)
-                steps = steps[len(blocks) :]
+            masters = [weight.master for weight, _ in members]
+            torch._foreach_mul_(masters, 1 - rate * self.weight_decay)
+            each = torch.split(steps, [len(blocks) for _, blocks in members])
+            torch._foreach_sub_([square_blocks(master) for master in masters], each, alpha=size)
 
-    def _direction(self, weight: Weight) -> Tensor:
-        momentum = weight.moments["momentum"]
-        gradient = weight.gradient if weight.gradient is not None else torch.zeros_like(momentum)
-        momentum.lerp_(gradient, 1 - self.decay)
-        return gradient.lerp(momentum, self.decay)  # Nesterov's look ahead
+    def _directions(self, weights: Sequence[Weight]) -> Sequence[Tensor]:
+        momenta = [weight.moments["momentum"] for weight in weights]
+        gradients = [w.gradient if w.gradient is not None else torch.zeros_like(w.master) for w in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.decay)
+        return torch._foreach_lerp(gradients, momenta, self.decay)  # Nesterov's look ahead
 
 
 def square_blocks(matrix: Tensor) -> Tensor:

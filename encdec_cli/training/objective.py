@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
-from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
@@ -73,7 +72,9 @@ class RDrop:
         # The two passes of a position side by side: [rows, tgt_len x 2, dim].
         hidden = model(source, mask, read).unflatten(0, (-1, 2)).transpose(1, 2).flatten(1, 2)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:].repeat_interleave(2, 1))
-        criterion = Agreement(loss.CrossEntropy(labels, self.smoothing, self.prior, compiled=model.compiled), self.weight)
+        criterion = Agreement(
+            loss.CrossEntropy(labels, self.smoothing, self.prior, compiled=model.compiled), self.weight
+        )
         # Half the chunk, since twice as much is computed from it: less time is spent on fresh memory.
         return chunked_loss(rows, model.project, criterion, parameters, weight, chunk_of(rows.device) // 2)
 
@@ -126,8 +127,6 @@ def make_objective(bundle: Bundle, store: Store, device: str) -> Objective:
     if recipe.regularize.smoothing_prior == "unigram":
         prior = _unigram(store, len(bundle.target.vocabulary)).to(device)
     objective: Objective = CrossEntropy(smoothing, prior)
-    if recipe.teacher.model and recipe.regularize.rdrop:
-        raise UsageError("regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null.")
     if recipe.teacher.model:
         objective = with_teacher(bundle, recipe.teacher.model, prior)
     elif recipe.regularize.rdrop:

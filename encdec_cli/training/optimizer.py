@@ -89,14 +89,20 @@ class Optimizer:
     @torch.no_grad()
     def collect(self, gradients: Iterable[Tensor | None]) -> None:
         """Add gradients, one for each of `parameters`, in fp32 to those of earlier micro-batches."""
-        given = [pair for pair in zip(self._weights, gradients, strict=True) if pair[1] is not None]
-        new = [(weight, gradient) for weight, gradient in given if weight.gradient is None]
-        old = [(weight.gradient, gradient) for weight, gradient in given if weight.gradient is not None]
-        for weight, gradient in new:
-            weight.gradient = torch.empty_like(gradient, dtype=torch.float32)
+        new: list[tuple[Tensor, Tensor]] = []
+        old: list[tuple[Tensor, Tensor]] = []
+        for weight, gradient in zip(self._weights, gradients, strict=True):
+            if gradient is None:
+                continue
+            if weight.gradient is None:
+                weight.gradient = torch.empty_like(gradient, dtype=torch.float32)
+                new.append((weight.gradient, gradient))
+            else:
+                old.append((weight.gradient, gradient))
         # All at once: on a GPU hundreds of small kernels take longer to start than to run.
         if new:
-            torch._foreach_copy_([weight.gradient for weight, _ in new], [gradient for _, gradient in new])
+            sums, addends = zip(*new, strict=True)
+            torch._foreach_copy_(sums, addends)
         if old:
             sums, addends = zip(*old, strict=True)
             torch._foreach_add_(sums, addends)

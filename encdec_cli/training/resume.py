@@ -35,7 +35,7 @@ def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[st
     changed = _differences(_comparable(old), _comparable(new))
     fatal = {key: value for key, value in changed.items() if _is_fixed(key)}
     if fatal:
-        raise _refusal(run, [_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items())])
+        raise refusal(run, [_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items())])
     for key, (a, b) in sorted(changed.items()):
         exact = "" if key.startswith("recipe.") else "; the weights will not be bit-identical to an unbroken run's"
         say(f"note: {key.removeprefix('recipe.')} was {a!r}, is now {b!r}{exact}")
@@ -51,10 +51,11 @@ def check_data(recipe: Recipe, data_hash: str, run: Path) -> None:
     if old is not None and old["data_hash"] != data_hash:
         sections = {name: old["recipe"][name] for name in DATA_SECTIONS}
         changed = _differences(_flat(sections), _flat(resolved(recipe, DATA_SECTIONS)))
-        raise _refusal(run, [_verdict("data_hash", old["data_hash"], data_hash, changed)])
+        raise refusal(run, [_verdict("data_hash", old["data_hash"], data_hash, changed)])
 
 
-def _refusal(run: Path, verdicts: list[str]) -> UsageError:
+def refusal(run: Path, verdicts: list[str]) -> UsageError:
+    """Return what a run is told that cannot go on for these reasons."""
     listed = "; ".join(verdicts)
     return UsageError(f"{run}: this run cannot go on: {listed}; change it back, or start anew with --output FOLDER.")
 

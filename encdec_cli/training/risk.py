@@ -18,7 +18,6 @@ from encdec_cli.data.batch import Batch
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.hypothesis import Hypothesis
 from encdec_cli.decoding.sampling import Sampling
-from encdec_cli.errors import UsageError
 from encdec_cli.evaluation.metrics import Metric
 from encdec_cli.generation.search import Job, Search
 from encdec_cli.models.model import Model
@@ -48,16 +47,12 @@ class Judge:
 
     Args:
         bundle: the model that learns; its recipe's `decoding.max_length` bounds what is drawn.
-        risk: metric and number of outputs. Raises UsageError if the metric is not one of outputs.
+        risk: metric, one of outputs, and their number.
     """
 
     def __init__(self, bundle: Bundle, risk: Risk) -> None:
         self._bundle, self._samples = bundle, risk.samples
         self._metric: Metric = parse_component(risk.metric, metrics, "risk.metric")
-        if self._metric.needs_model:
-            raise UsageError(
-                f"risk.metric: {risk.metric} judges no outputs; choose one that does, such as bleu or chrf."
-            )
 
     def __call__(self, batch: Batch, seed: int) -> Judged:
         """Return the batch with the reference and up to `samples` other outputs for each source, drawn by `seed`."""

@@ -24,8 +24,7 @@ def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype)
         batch: any training examples; see `hidden_matrices`.
         dtype: in which the model will compute.
     """
-    first, second = train.betas
-    rule: Rule = Adam(train.optimizer != "adam", (first, second), weight_decay=train.weight_decay)
+    rule: Rule = Adam(train.optimizer != "adam", train.betas, weight_decay=train.weight_decay)
     if train.optimizer == "adafactor":
         rule = Adafactor(train.weight_decay)
     muon = Muon(weight_decay=train.weight_decay, dtype=dtype)

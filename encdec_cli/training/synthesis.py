@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from encdec_cli import atomic
+from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.bundle.run import recover
 from encdec_cli.config import parse_component
@@ -18,11 +19,15 @@ from encdec_cli.corpora.synthetic import Synthetic
 from encdec_cli.decoding.hypothesis import Strategy
 from encdec_cli.generation.flags import flags
 from encdec_cli.generation.lines import Generated, Options, first_text
+from encdec_cli.recipe import Recipe
 from encdec_cli.registry import strategies
 from encdec_cli.reranking.reranker import decode
 from encdec_cli.text.windows import full_windows
+from encdec_cli.training import resume
 from encdec_cli.training.machine import decoding_workers
 
+FOLDER = "synthetic"
+"""Below a run: what models have written for it."""
 _STATE = "state.json"
 _SAY_EVERY = 30.0
 
@@ -40,12 +45,30 @@ def write_outputs(corpus: Synthetic, folder: Path, device: str, say: Callable[[s
     found: Any = atomic.read_json(state) if state.is_file() else None
     if not (isinstance(found, dict) and found.get("mark") == mark):
         atomic.remove_folder(folder)
-        found = {"mark": mark, "complete": False}
+        found = {"mark": mark, "models": corpus.identities(), "complete": False}
         atomic.write_file(state, atomic.json_bytes(found))
     if not found["complete"]:
         _write_rest(corpus, folder, device, say)
-        atomic.write_file(state, atomic.json_bytes({"mark": mark, "complete": True}))
+        atomic.write_file(state, atomic.json_bytes({**found, "complete": True}))
     corpus.written = folder
+
+
+def check_writers(recipe: Recipe, run: Path) -> None:
+    """Raise UsageError if a run has learned from what other models wrote, or from no such corpus.
+
+    Call it before `write_outputs`, which may take hours: the run would be refused after it.
+    """
+    learned, state = checkpoint.newest_facts(run / "checkpoints"), run / FOLDER / _STATE
+    if learned is None:
+        return
+    old, new = learned["recipe"]["data"], recipe.data.plain()
+    changed = [key for key in ("name", "strategy", "rerank") if old.get(key) != new[key]]
+    verdicts = [f"data.{key} was {old.get(key)!r}, is {new[key]!r}" for key in changed]
+    found: Any = atomic.read_json(state) if state.is_file() else {}
+    if found.get("models", recipe.data.config.identities()) != recipe.data.config.identities():
+        verdicts.append("the models that write its training pairs (data.models) have changed")
+    if verdicts:
+        raise resume.refusal(run, verdicts)
 
 
 def _write_rest(corpus: Synthetic, folder: Path, device: str, say: Callable[[str], None]) -> None:

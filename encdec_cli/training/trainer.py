@@ -37,13 +37,12 @@ from encdec_cli.training.keeper import Keeper
 from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
-from encdec_cli.training.lora import adapt
-from encdec_cli.training.memory import Forecast, Need
-from encdec_cli.training.meter import read
-from encdec_cli.training.objective import CrossEntropy, make_objective
+from encdec_cli.training.lora import adapt, check_start
+from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
+from encdec_cli.training.tensorboard import Board
 from encdec_cli.training.validation import Validation
 
 T = TypeVar("T")
@@ -88,18 +87,18 @@ class Trainer:
         adapt(model, setting.recipe.lora)
         freeze(model, self.train.freeze)
         self.model = model
-        self._set_checkpointing()
+        model.checkpointing = self.train.checkpointing
         self.store = setting.data.store("train")
-        self.sampler = self._sampler(int(self.train.tokens))  # `auto` has been settled
+        self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
         self.layout = make_layout(setting.recipe, self.ranks)
-        self._check_sizes()
+        self._check_lengths()
         if self.layout.even:
             _ = self.formula  # which shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
         whole = self.layout.whole(model, chosen)
         self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
         self.feed = Feed(self.bundle, setting.data, setting.device)
-        self.optimizer = make_optimizer(model, self.train, self._first(np.array([0])), chosen.dtype)
+        self.optimizer = make_optimizer(model, self.train, self.first(np.array([0])), chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
         compiled = compiles(setting.recipe, model, setting.device)
@@ -114,7 +113,8 @@ class Trainer:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
-        self.log = Log(setting.run / "log.jsonl")
+        path = setting.run / "log.jsonl"
+        self.log = Log(path, Board(path) if self.train.tensorboard else None)
         known = {"length_ratios": usual_ratios(self.store.source_lengths, self.store.target_lengths)}
         told = setting.stop, setting.say, self._write_log
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
@@ -122,36 +122,15 @@ class Trainer:
         machine = torch.device(setting.device), chosen.dtype
         self.account = Account(setting.run, setting.recipe.cost, *machine, self.progress, self.ranks.world)
 
-    def _set_checkpointing(self) -> None:
-        if self.train.checkpointing and not self.model.can_checkpoint:
-            kind = type(self.model).__name__
-            raise UsageError(
-                f"train.checkpointing: this model ({kind}) cannot compute its layers again; set it to false."
-            )
-        self.model.checkpointing = self.train.checkpointing
-
     @cached_property
     def formula(self) -> flops.Formula:
-        """What the FLOPs of a micro-batch are, from its shape; computing layers again is no work of the model."""
-        objective = CrossEntropy(self.train.label_smoothing)  # what R-Drop, a teacher and the like add is left out
-        count = partial(read, self.model, objective, [p for p in self.model.parameters() if p.requires_grad])
+        """What the FLOPs of a micro-batch are, from its shape."""
         sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
-        device = self.setting.device
-        self.model.checkpointing = False
-        found = flops.find(lambda batch: count(batch.to(device)), sizes, self.model.max_positions)
-        self.model.checkpointing = self.train.checkpointing
-        return found
-
-    def need(self, tokens: int = 0) -> Need:
-        """Predict the memory of the largest micro-batches, of this many `tokens`, by computing parts of one."""
-        sampler = self._sampler(tokens) if tokens else self.sampler
-        vocabulary = len(self.setting.data.target.vocabulary)
-        forecast = Forecast(self.gradients, self.optimizer, self.train.accumulate, vocabulary, self._first)
-        return forecast.need(sampler.cut(self.formula.heaviest(sampler.shapes())))
+        return flops.find(self.model, self.train.label_smoothing, sizes, self.setting.device)
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
-        with closing(self.gradients):
+        with closing(self.gradients), closing(self.feed):
             self._run(show)
 
     def _run(self, show: Show) -> None:
@@ -163,6 +142,7 @@ class Trainer:
             atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
             self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
         updates = self.sampler.updates(progress.step, self.train.accumulate)
+        upcoming = next(updates)
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
@@ -176,47 +156,26 @@ class Trainer:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
             if not over:
-                self.update(next(updates), show)
+                batches, upcoming = upcoming, next(updates)
+                for number in self.ranks.share(range(len(upcoming))):
+                    self.feed.expect(upcoming[number], progress.step + 2)
+                self.update(batches, show)
 
-    def _check_sizes(self) -> None:
-        """Refuse examples too long for the model, and updates that the processes cannot share."""
-        stores = (self.store, self.setting.data.store("valid"))
-        lengths = [each for store in stores for each in (store.source_lengths, store.target_lengths)]
-        longest = 1 + max(int(each.max(initial=0)) for each in lengths)
-        most = self.model.max_positions
+    def _check_lengths(self) -> None:
+        """Refuse examples too long for the model."""
+        longest, most = self.setting.data.longest("train", "valid"), self.model.max_positions
         if most is not None and longest > most:
             raise UsageError(
                 f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
                 "it, or lower text.max_source and text.max_target."
             )
-        parts, world = self.train.accumulate, self.ranks.world
-        if parts < world or (parts % world and self.layout.even):
-            raise UsageError(
-                f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
-                f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
-            )
-        if parts % world:
-            self.setting.say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
 
-    def try_largest(self) -> tuple[int, int, int]:
-        """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
-
-        Returns the number of weights, of those that learn, and of micro-batches in an epoch. Raises what training
-        would raise.
-        """
-        largest = self._first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
-        list(self.gradients.of([largest] * self.gradients.workers, 1.0, 0))
-        self.gradients.close()
-        if self.ranks.first:
-            self.validation.try_longest(self.bundle)
-        weights, learning = (sum(p.numel() for p in of) for of in (self.model.parameters(), self.optimizer.parameters))
-        return weights, learning, len(self.sampler)
-
-    def _sampler(self, tokens: int) -> Sampler:
+    def sampler_of(self, tokens: int) -> Sampler:
+        """Return the order of micro-batches of so many tokens each."""
         lengths = self.store.source_lengths, self.store.target_lengths
         return Sampler(*lengths, tokens, self.setting.data.data_hash, self.train.seed)
 
-    def _first(self, rows: Ints) -> Batch:
+    def first(self, rows: Ints) -> Batch:
         """Return some examples as a micro-batch of no update."""
         return self.feed(rows, 0)
 
@@ -229,9 +188,13 @@ class Trainer:
         progress = self.progress
         return self._due(self.train.save_every) or progress.finished or progress.validated == progress.step
 
+    @property
+    def is_early(self) -> bool:
+        """Whether validations have not become better for as long as `train.patience` bears, before the last update."""
+        return 0 < self.train.patience <= self.progress.stale and self.progress.step < self.train.steps
+
     def _is_over(self) -> bool:
-        patience = self.train.patience
-        return self.progress.step >= self.train.steps or 0 < patience <= self.progress.stale
+        return self.is_early or self.progress.step >= self.train.steps
 
     def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
@@ -370,8 +333,7 @@ class Trainer:
     def _resume(self) -> None:
         step = self._let_first("the start", self._recover)
         if step is None:
-            if self.setting.recipe.lora.rank and self.setting.init_from is None:
-                raise UsageError("lora.rank: what is adapted must have learned before; name it with --init-from.")
+            check_start(self.setting.recipe.lora, self.setting.init_from is not None)
             return
         found = checkpoint.read(self.checkpoints, step, self.optimizer.rows())
         resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
@@ -381,6 +343,8 @@ class Trainer:
         self._take(found.tensors)
         if not self.progress.finished:
             self.setting.say(f"going on from update {self.progress.step} of {self.train.steps}")
+            if self.setting.init_from is not None:
+                self.setting.say("note: --init-from does nothing now: the run has weights of its own")
 
     def _recover(self) -> int | None:
         """Bring the folder in order; return the update of the newest whole checkpoint."""

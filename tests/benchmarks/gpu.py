@@ -168,7 +168,9 @@ def total_flops(size: str, vocab: int, batches: Sequence[Batch]) -> int:
     formula = flops.find(
         lambda batch: read(model, CrossEntropy(0.1), parameters, batch.to(DEVICE)), (vocab, vocab), None
     )
-    shapes = [(*batch.source.shape, batch.known_target.shape[1] - 1, int(batch.target_lengths.sum())) for batch in batches]
+    shapes = [
+        (*batch.source.shape, batch.known_target.shape[1] - 1, int(batch.target_lengths.sum())) for batch in batches
+    ]
     return sum(formula.flops_of(*shape) for shape in shapes)
 
 
@@ -197,12 +199,16 @@ def main() -> None:
     ceiling = matrix_ceiling(torch.bfloat16, DEVICE)
     tokens = sum(int(batch.target_lengths.sum()) for batch in batches)
     best = statistics.median(speeds[chosen[0]])
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, bf16 ceiling {ceiling / 1e12:.0f} TFLOP/s")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {size}, bf16 ceiling {ceiling / 1e12:.0f} TFLOP/s"
+    )
     print(f"{'':36} {'tokens/s':>9}   min - max             of ceiling   {chosen[0]} / it")
     for name in chosen:
         values, median = speeds[name], statistics.median(speeds[name])
         spread = f"{min(values):,.0f} - {max(values):,.0f}"
-        print(f"{name:36} {median:9,.0f}   {spread:20} {work / tokens * median / ceiling:8.1%}     {best / median:6.2f}")
+        print(
+            f"{name:36} {median:9,.0f}   {spread:20} {work / tokens * median / ceiling:8.1%}     {best / median:6.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,121 @@
+"""What can be told of a run before any data is read: what its recipe asks for in vain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from encdec_cli.bundle.bundle import build_model, identity
+from encdec_cli.config import parse_component
+from encdec_cli.errors import UsageError
+from encdec_cli.evaluation.metrics import Metric, try_out
+from encdec_cli.recipe import Recipe
+from encdec_cli.registry import metrics
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.guide import chosen_head
+from encdec_cli.training.learning import freeze
+from encdec_cli.training.lora import adapt, check_start
+
+_VOCABULARY = 8
+"""Tokens of a model that is built to be looked at."""
+_MASTERS = {"lora": "rank", "guide": "weight", "risk": "metric", "teacher": "model"}
+"""The key without which the others of a section do nothing."""
+
+
+def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[str], None]) -> None:
+    """Raise EncdecError for what cannot be done, and note what does nothing.
+
+    Args:
+        recipe: all of its sections.
+        run: the folder of the run, which may not exist.
+        starts: whether it begins with the weights of another model.
+        ranks: the processes that are to train.
+        say: is given sentences for the user.
+    """
+    _check_metrics(recipe)
+    _check_model(recipe)
+    check_start(recipe.lora, starts or any((run / "checkpoints").glob("step_*")))
+    if recipe.teacher.model:
+        identity(recipe.teacher.model)
+        if recipe.regularize.rdrop:
+            raise UsageError(
+                "regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null."
+            )
+    if recipe.train.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
+    _check_processes(recipe, ranks, say)
+    for key, why in _idle(recipe):
+        say(f"note: {key} does nothing {why}")
+
+
+def _check_metrics(recipe: Recipe) -> None:
+    for key, name in (("train.metric", recipe.train.metric), ("risk.metric", recipe.risk.metric)):
+        if not name:
+            continue
+        metric: Metric = parse_component(name, metrics, key)
+        if key == "risk.metric" and metric.needs_model:
+            raise UsageError(f"{key}: {name} judges no outputs; choose one that does, such as bleu or chrf.")
+        try_out(metric)
+
+
+def _check_model(recipe: Recipe) -> None:
+    kind = recipe.model.cls
+    if recipe.train.checkpointing and not kind.can_checkpoint:
+        raise UsageError(
+            f"train.checkpointing: this model ({kind.__name__}) cannot compute its layers again; set it to false."
+        )
+    if recipe.guide.weight or recipe.lora.rank or recipe.train.freeze:
+        model = build_model(recipe, _VOCABULARY, _VOCABULARY)
+        if recipe.guide.weight:
+            chosen_head(model, recipe.guide)
+        adapt(model, recipe.lora)
+        freeze(model, recipe.train.freeze)
+
+
+def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
+    parts, world = recipe.train.accumulate, ranks.world
+    if parts < world or (parts % world and recipe.parallel.shard):
+        raise UsageError(
+            f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
+            f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
+        )
+    if parts % world:
+        say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
+    if world > 1 and recipe.train.tokens == "auto":
+        raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
+    whole = {
+        "train.checkpointing": recipe.train.checkpointing,
+        "train.ema": recipe.train.ema,
+        "train.freeze": recipe.train.freeze,
+        "lora.rank": recipe.lora.rank,
+        "guide.weight": recipe.guide.weight,
+        "risk.metric": recipe.risk.metric,
+        "teacher.model": recipe.teacher.model,
+    }
+    asked = [key for key, value in whole.items() if value]
+    if world > 1 and recipe.parallel.shard and asked:
+        raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")
+
+
+def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield each key that was set and does nothing, and why."""
+    for name, master in _MASTERS.items():
+        section = vars(recipe)[name]
+        if not vars(section)[master]:
+            usual = vars(type(section)())
+            changed = [key for key, value in vars(section).items() if value != usual[key]]
+            yield from ((f"{name}.{key}", f"without {name}.{master}") for key in changed)
+    train, regularize = recipe.train, recipe.regularize
+    dropouts = [value for key, value in vars(recipe.model.config).items() if "dropout" in key]
+    hiding = regularize.word_dropout_source or regularize.word_dropout_target
+    validated, unigram = train.validate_every, regularize.smoothing_prior == "unigram"
+    needs = (
+        ("train.average", train.average, validated, "without train.validate_every"),
+        ("train.patience", train.patience, validated, "without train.validate_every"),
+        ("train.average_of", train.average_of != "last", train.average, "without train.average"),
+        ("regularize.rdrop", regularize.rdrop, any(dropouts) or not dropouts, "without dropout: its two passes agree"),
+        ("regularize.smoothing_prior", unigram, train.label_smoothing, "without train.label_smoothing"),
+        ("regularize.word_dropout_warmup", regularize.word_dropout_warmup, hiding, "without word dropout"),
+    )
+    yield from ((key, why) for key, asked, needed, why in needs if asked and not needed)

@@ -1,0 +1,39 @@
+"""The largest micro-batch of a run: what it needs, and whether it works, asked before the first update."""
+
+from __future__ import annotations
+
+from encdec_cli.data.sampler import Ints, Sampler
+from encdec_cli.training.memory import Forecast, Need
+from encdec_cli.training.trainer import Trainer
+
+
+def need(trainer: Trainer, tokens: int = 0) -> Need:
+    """Predict the memory of training by computing parts of its largest micro-batch.
+
+    tokens: of a micro-batch, if they are to be other than the run's.
+    """
+    sampler = trainer.sampler_of(tokens) if tokens else trainer.sampler
+    vocabulary = len(trainer.setting.data.target.vocabulary)
+    parts = trainer.gradients, trainer.optimizer, trainer.train.accumulate
+    return Forecast(*parts, vocabulary, trainer.first).need(_largest(trainer, sampler))
+
+
+def try_largest(trainer: Trainer) -> tuple[int, int, int]:
+    """Run the largest micro-batches and decode one batch of the longest sources, then forget both.
+
+    Returns the number of weights, of those that learn, and of micro-batches in an epoch. Raises what training would
+    raise.
+    """
+    gradients = trainer.gradients
+    largest = trainer.first(_largest(trainer, trainer.sampler))
+    list(gradients.of([largest] * gradients.workers, 1.0, 0))
+    gradients.close()
+    if trainer.ranks.first:
+        trainer.validation.try_longest(trainer.bundle)
+    sides = trainer.model.parameters(), trainer.optimizer.parameters
+    weights, learning = (sum(parameter.numel() for parameter in side) for side in sides)
+    return weights, learning, len(trainer.sampler)
+
+
+def _largest(trainer: Trainer, sampler: Sampler) -> Ints:
+    return sampler.cut(trainer.formula.heaviest(sampler.shapes()))

@@ -1,0 +1,95 @@
+"""What a run is refused for, and what it is told does nothing, before any data is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.recipe import load
+from encdec_cli.training.beforehand import check
+from encdec_cli.training.distributed import Ranks
+from tests.conftest import RECIPE
+
+
+def told(folder: Path, *overrides: str, world: int = 1, starts: bool = False) -> list[str]:
+    """The notes on a recipe whose data are nowhere."""
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(root=folder / "nowhere"))
+    said: list[str] = []
+    check(load(path, overrides), folder / "run", starts, Ranks(0, world), said.append)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("lora.rank=2", "lora.rank: .* --init-from"),
+        ("train.freeze=[encodr.*]", r"train.freeze: 'encodr\.\*' matches no parameter"),
+        ("train.freeze=['*']", "train.freeze: .* leave no parameter"),
+        ("guide={weight: 0.1, head: 2}", "guide.head: 2, but the heads of layer 0 are 0 to 1"),
+        ("risk.metric=perplexity", "risk.metric: perplexity judges no outputs"),
+        ("risk.metric=bluu", "no metric 'bluu'"),
+        ("teacher.model=nowhere", "nowhere: no such model folder"),
+    ],
+)
+def test_what_needs_no_data_is_told_without_any(tmp_path, key, message):
+    with pytest.raises((UsageError, BundleError), match=message):
+        told(tmp_path, key)
+
+
+def test_a_pattern_of_lora_is_tried(tmp_path):
+    with pytest.raises(UsageError, match=r"lora.targets: 'nothing' matches no linear layer"):
+        told(tmp_path, "lora={rank: 2, targets: [nothing]}", starts=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000005").mkdir(parents=True)
+    assert told(tmp_path, "lora.rank=2") == []  # it goes on
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["train.accumulate=2"], "3 processes cannot share an update in 2 part"),
+        (["train.accumulate=4", "parallel.shard=true"], "multiple of 3"),
+        (["train.accumulate=3", "train.tokens=auto"], "auto is for one process"),
+        (["train.accumulate=3", "parallel.shard=true", "train.ema=0.9"], "parallel.shard: train.ema cannot"),
+    ],
+)
+def test_what_several_processes_cannot_do(tmp_path, keys, message):
+    with pytest.raises(UsageError, match=message):
+        told(tmp_path, *keys, world=3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "notes"),
+    [
+        ([], []),
+        (["lora.targets=[encoder.nothing]"], ["lora.targets does nothing without lora.rank"]),
+        (["train.average=3", "train.patience=2", "train.average_of=best"], []),
+        (
+            ["train.average=3", "train.patience=2", "train.validate_every=0"],
+            [
+                "train.average does nothing without train.validate_every",
+                "train.patience does nothing",
+            ],
+        ),
+        (["train.average_of=best"], ["train.average_of does nothing without train.average"]),
+        (["regularize.rdrop=5"], []),
+        (["regularize.rdrop=5", "model.dropout=0"], ["regularize.rdrop does nothing without dropout"]),
+        (["regularize.rdrop=5", "model.dropout=0", "model.attention_dropout=0.1"], []),
+        (
+            ["regularize.smoothing_prior=unigram", "train.label_smoothing=0"],
+            ["regularize.smoothing_prior does nothing without train.label_smoothing"],
+        ),
+        (["regularize.word_dropout_warmup=9"], ["regularize.word_dropout_warmup does nothing without word dropout"]),
+        (
+            ["risk.samples=3", "teacher.weight=1"],
+            ["risk.samples does nothing", "teacher.weight does"],
+        ),
+    ],
+)
+def test_each_key_that_does_nothing_is_told_once(tmp_path, keys, notes):
+    said = told(tmp_path, *keys)
+    assert len(said) == len(notes)
+    for sentence, note in zip(said, notes, strict=True):
+        assert sentence.startswith(f"note: {note}")
