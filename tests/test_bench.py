@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from encdec_cli.evaluation.tradeoff import Point, fastest_within, on_front
+from encdec_cli.training import ceiling
 from tests.test_resume import lines_of
 
 
@@ -50,6 +52,22 @@ def test_a_recipe_is_timed_and_its_run_left_as_it_was(forks, copy_run):
     assert 0 < float(rows["mfu"]) < 1.5
     assert lines_of(copy_run / "log.jsonl") == lines
     assert {path: path.stat().st_mtime_ns for path in copy_run.rglob("*") if path.name != "lock"} == before
+
+
+def test_the_ceiling_is_that_of_a_quiet_moment(monkeypatch):
+    """Other work takes the machine by turns: most products are slow, some are not, whenever they come."""
+    now = [0.0]
+    durations = [9.0, *[0.06] * 15, 0.002, *[0.06] * 400]
+    taken = iter(durations)
+    monkeypatch.setattr(ceiling.time, "perf_counter", lambda: now[0])
+
+    def product():
+        now[0] += next(taken)
+
+    assert ceiling._best(product, torch.device("cpu"), 0.2) == pytest.approx(0.06)  # ended by the first, far too slow
+    now[0], taken = 0.0, iter(durations[1:])
+    assert ceiling._best(product, torch.device("cpu"), 0.2) == pytest.approx(0.002)
+    assert next(taken) == 0.06  # and an end is found
 
 
 @pytest.mark.parametrize("words", [("--beams", "0"), ("--beams", "1;5"), ("--batches", "-1"), ("--batches", "")])

@@ -8,11 +8,13 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import sacrebleu
 import torch
 
 from encdec_cli import cli
+from encdec_cli.evaluation.likelihood import likelihoods
 from encdec_cli.generation.lines import Options, first_text, generate
 from encdec_cli.text.example import Example
 from tests.conftest import encdec, save, start, write_lines
@@ -227,15 +229,22 @@ def test_what_a_precision_costs_is_told_against_fp32(tmp_path, monkeypatch, capf
     write_lines(tmp_path / "other", TEXT[:80])
     monkeypatch.setattr(importlib.import_module("encdec_cli.cli.evaluate"), "_stdin_asks_model", lambda: True)
     words = ["evaluate", "--metric", "exact", "--json", "--model", str(tmp_path / "model"), "--precision", "bf16"]
-    words += ["--source", str(tmp_path / "in"), "--reference", str(tmp_path / "ref")]
+    words += ["--source", str(tmp_path / "in"), "--reference", str(tmp_path / "ref"), "--metric", "perplexity"]
     threads = torch.get_num_threads()
     assert cli.run(words) == 0
     written, said = capfd.readouterr()
-    score = json.loads(written)["scores"][0]
+    report = json.loads(written)
+    score, perplexity = report["scores"]
     assert "baseline: the same model in fp32" in said
     assert score["baseline"] == 100
     assert score["value"] < 100
     assert 0 < score["p_value"] <= 1
+    assert not [warning for warning in report["warnings"] if "no baseline" in warning]
+    for side, bundle in (("baseline", bundles[0]), ("value", bundles[1])):
+        log_probs, tokens = likelihoods(bundle, list(map(Example, TEXT[:80])), full)
+        assert perplexity[side] == pytest.approx(float(np.exp(-log_probs.sum() / tokens.sum())), rel=1e-4)
+    assert perplexity["baseline"] != perplexity["value"]
+    assert 0 < perplexity["p_value"] <= 1
     assert cli.run([*words, "--baseline", str(tmp_path / "other")]) == 0
     assert json.loads(capfd.readouterr().out)["scores"][0]["baseline"] == 0
     assert cli.run([*words, str(tmp_path / "other")]) == 2

@@ -200,6 +200,10 @@ def test_a_run_of_the_trainer_is_read(recipe, tmp_path):
     finished = read(tmp_path / "run")
     assert (finished.state, finished.step) == ("finished", 6)
     assert [each["step"] for each in finished.events("valid")] == [3, 6]
+    tokens = {each["step"]: each["tokens"] for each in finished.events("train")}
+    assert [each["tokens"] for each in finished.events("valid")] == [tokens[3], tokens[6]]
+    trainer(recipe, tmp_path / "rare", *overrides, "train.log_every=4").run(ignore)  # no line of update 3
+    assert [each["tokens"] for each in read(tmp_path / "rare").events("valid")] == [tokens[3], tokens[6]]
     assert finished.saved.bytes > 0
 
 

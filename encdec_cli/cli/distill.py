@@ -133,9 +133,7 @@ def _rows(
         bundle = load_bundles([path], device, [], precision)[0]
         # In 8 bits weights are parameters no more.
         size = sizes.setdefault(path, sum(parameter.numel() for parameter in bundle.model.parameters()))
-        options = Options(bundle.recipe.decoding.config)  # in this process: workers would begin cold each time
-        for _ in range(2):  # the first time makes kernels and takes memory
-            lines, rate = timed(bundle, options, examples)
+        lines, rate = timed(bundle, Options(bundle.recipe.decoding.config), examples)
         outputs = Outputs(references=references, hypotheses=lines, baseline=baseline)
         scores = evaluate(metrics, outputs, Resampling()).scores
         first = rows[0].sentences_per_second if rows else rate

@@ -97,7 +97,7 @@ def evaluate(
     if bundle:
         _ask_model(bundle, outputs, source, chosen, rerank)
         if precision.value != "fp32":
-            _add_unrounded(outputs, model, device, plugins, source, rerank)
+            _add_unrounded(outputs, model, device, plugins, (source, chosen, rerank))
     _print(judge(chosen, outputs, _resampling(test, score_only, baseline)), as_json, score_only)
 
 
@@ -277,16 +277,17 @@ def _add_unrounded(
     model: Path | None,
     device: str,
     plugins: Sequence[Path],
-    source: Path | None,
-    rerank: str | None,
+    asked: tuple[Path | None, list[Metric], str | None],
 ) -> None:
-    """Let the model write in fp32 what the baseline is, unless there is one."""
+    """Let the model in fp32 be the baseline, unless there is one; `asked` is what `_ask_model` takes."""
     from encdec_cli.cli import console
+    from encdec_cli.evaluation.report import Outputs
 
     if model is not None and outputs.baseline is None:
         console.say("baseline: the same model in fp32")
-        bundle = _bundle(model, device, plugins)
-        outputs.baseline = _write_hypotheses(bundle, _examples(bundle, source), rerank)
+        exact = Outputs(references=outputs.references)
+        _ask_model(_bundle(model, device, plugins), exact, *asked)
+        outputs.baseline, outputs.baseline_likelihoods = exact.hypotheses, exact.likelihoods
 
 
 def _write_hypotheses(bundle: Bundle, examples: list[Example], rerank: str | None) -> list[str]:

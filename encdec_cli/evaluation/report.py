@@ -27,6 +27,8 @@ class Outputs:
     """The lines of another system, for the paired test."""
     likelihoods: tuple[FloatArray, FloatArray] | None = None
     """Natural log-probability [segments] of each first reference under the model, and its tokens with EOS."""
+    baseline_likelihoods: tuple[FloatArray, FloatArray] | None = None
+    """Likewise under another model, for the paired test."""
 
 
 @dataclass(kw_only=True)
@@ -111,7 +113,7 @@ def evaluate(metrics: Sequence[Metric], outputs: Outputs, resampling: Resampling
     """
     report = Report(segments=len(outputs.references[0]), references=len(outputs.references), scores=[])
     for metric in metrics:
-        system = _statistics(metric, outputs, outputs.hypotheses)
+        system = _statistics(metric, outputs, outputs.hypotheses, outputs.likelihoods)
         report.scores += _scores(metric, outputs, system, resampling)
         report.warnings += [*_warnings(metric, outputs, resampling), *metric.doubts(system)]
     if outputs.baseline is not None and outputs.hypotheses is not None:
@@ -121,8 +123,9 @@ def evaluate(metrics: Sequence[Metric], outputs: Outputs, resampling: Resampling
 
 
 def _scores(metric: Metric, outputs: Outputs, system: FloatArray, resampling: Resampling) -> list[Score]:
-    paired = outputs.baseline is not None and not metric.needs_model
-    baseline = _statistics(metric, outputs, outputs.baseline) if paired else None
+    others = outputs.baseline, outputs.baseline_likelihoods
+    paired = others[metric.needs_model] is not None
+    baseline = _statistics(metric, outputs, *others) if paired else None
     tested = paired and not metric.no_resampling
     columns: dict[str, Sequence[Any]] = {"name": metric.names, "value": score(metric, system)}
     spans = _intervals(metric, system, resampling)
@@ -146,11 +149,13 @@ def _scores(metric: Metric, outputs: Outputs, system: FloatArray, resampling: Re
     ]
 
 
-def _statistics(metric: Metric, outputs: Outputs, lines: Sequence[str] | None) -> FloatArray:
+def _statistics(
+    metric: Metric, outputs: Outputs, lines: Sequence[str] | None, likelihoods: tuple[FloatArray, FloatArray] | None
+) -> FloatArray:
     if metric.needs_model:
-        if outputs.likelihoods is None:
+        if likelihoods is None:
             raise UsageError(f"{metric.names[0]} needs the model's probabilities: evaluate a model, not a file.")
-        return metric.model_statistics(*outputs.likelihoods)
+        return metric.model_statistics(*likelihoods)
     if lines is None:
         raise UsageError(f"{metric.names[0]} needs hypotheses; give them, or let the model write them.")
     return metric.statistics(lines, outputs.references)
@@ -174,7 +179,7 @@ def _warnings(metric: Metric, outputs: Outputs, resampling: Resampling) -> list[
     found = [] if outputs.hypotheses is None else metric.warnings(outputs.hypotheses, outputs.references)
     if metric.no_resampling and (resampling.resamples or outputs.baseline is not None):
         found.append(metric.no_resampling)
-    if metric.needs_model and outputs.baseline is not None:
+    if metric.needs_model and outputs.baseline is not None and outputs.baseline_likelihoods is None:
         found.append(f"{metric.names[0]} has no baseline: a file of lines has no probabilities.")
     return found
 

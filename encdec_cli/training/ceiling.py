@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -10,6 +11,10 @@ import torch
 _SIDE = {"cpu": 1024, "cuda": 8192}
 """Of square matrices, large enough to be fast and small enough to be quick."""
 _SECONDS = 0.2
+_STEADY = 20
+"""Repetitions that bring nothing better before the best one is believed: other work on the machine takes its turns."""
+_PATIENCE = 5
+"""How many times the seconds such a search may take."""
 
 
 def matrix_ceiling(dtype: torch.dtype, device: torch.device, seconds: float = _SECONDS) -> float:
@@ -34,13 +39,16 @@ def memory_bandwidth(device: torch.device, seconds: float = _SECONDS) -> float:
 
 @torch.inference_mode()
 def _best(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Return the seconds of the fastest of several repetitions; the first one, which makes things, does not count."""
-    times: list[float] = []
+    """Return the seconds of the fastest of many repetitions; the first one, which makes things, does not count."""
+    best, since, passed = math.inf, -1, 0.0
     begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < seconds:
+    while passed < seconds or (since < _STEADY and passed < _PATIENCE * seconds) or best == math.inf:
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        now = time.perf_counter()
+        since, passed = since + 1, now - begin
+        if since and now - start < best:
+            best, since = now - start, 0
+    return best

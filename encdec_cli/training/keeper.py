@@ -70,7 +70,7 @@ class Keeper:
             return False
         progress.validated = progress.step
         score = self.validation.score(scores)
-        self.log("valid", scores)
+        self.log("valid", {**scores, "tokens": progress.tokens})
         better = self._is_better(score, progress)
         progress.stale = 0 if better else progress.stale + 1
         if better:
