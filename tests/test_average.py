@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from encdec_cli.atomic import verify
 from encdec_cli.bundle.checkpoint import step_name
 from tests.conftest import copy_task
+from tests.trainers import ignore, trainer
 
 SHORT = ("train.steps=16", "train.save_every=4", "train.precision=fp32", "train.validate_every=2", "train.metric=chrf")
 
@@ -112,3 +113,11 @@ def test_with_ema_the_average_is_validated_and_kept(forks, recipe, tmp_path):
     assert found.wait() == 0, found.stderr
     losses = {line["step"]: line["loss"] for line in events(run, "valid")}
     assert events(tmp_path / "found", "valid")[0]["loss"] == pytest.approx(losses[16], abs=1e-5)
+
+
+def test_of_models_with_equal_scores_the_newest_is_kept_and_patience_runs_out(tmp_path):
+    small = ("train.steps=6", "train.validate_every=2", "train.rate=1e-6", "train.metric=exact", "train.patience=2")
+    made = trainer(copy_task(tmp_path), tmp_path / "run", *small)
+    made.run(ignore)
+    assert (made.progress.best, made.progress.model, made.progress.stale) == (0.0, "step_00000006", 2)
+    assert (tmp_path / "run" / "bundle").resolve().name == "step_00000006"

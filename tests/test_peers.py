@@ -44,7 +44,7 @@ def bundle(copy_run) -> Bundle:
 
 def sources(bundle: Bundle) -> list[list[int]]:
     random_ = random.Random(3)
-    texts = [" ".join(random_.choice("0123456789") for _ in range(random_.randint(1, 9))) for _ in range(SOURCES)]
+    texts = [" ".join(random_.choice("0123456789") for _ in range(random_.randint(1, 7))) for _ in range(SOURCES)]
     return [bundle.source.encode(text) for text in texts]
 
 

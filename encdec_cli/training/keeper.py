@@ -71,15 +71,15 @@ class Keeper:
         progress.validated = progress.step
         score = self.validation.score(scores)
         self.log("valid", {**scores, "tokens": progress.tokens})
-        better = self._is_better(score, progress)
+        better, level = self._is_better(score, progress), score == progress.best
         progress.stale = 0 if better else progress.stale + 1
-        if better:
+        if better or level:  # of equals the newest, which has learned the longest
             progress.best, progress.model = score, step_name(progress.step)
         if self.train.average > 1:
             progress.kept = self._kept(progress, score)
-        if better or progress.step in progress.kept:
+        if better or level or progress.step in progress.kept:
             self._keep(bundle, progress, scores, weights())
-        mark = " (best)" if better else ""
+        mark = " (best)" if better else " (as good as the best)" if level else ""
         self.say(f"update {progress.step}: {_listed(scores)}{mark}")
         return True
 
