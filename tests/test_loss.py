@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from encdec_cli.training.loss import real_rows, token_loss
+from encdec_cli.training import loss as loss_module
+from encdec_cli.training.loss import CrossEntropy, Project, chunked_loss, log_probs, real_rows
 
 DIM, VOCAB = 12, 31
 
@@ -26,6 +27,12 @@ def plain(hidden: Tensor, output: nn.Module, target: Tensor, smoothing: float) -
     return F.cross_entropy(output(hidden), target, label_smoothing=smoothing, reduction="sum")
 
 
+def token_loss(
+    hidden: Tensor, output: Project, target: Tensor, smoothing: float, parameters: list[Tensor], **options
+) -> Tensor:
+    return chunked_loss(hidden, output, CrossEntropy(target, smoothing), parameters, **options)
+
+
 def gradients(loss: Tensor, *tensors: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, tensors))
 
@@ -36,9 +43,8 @@ def test_loss_and_gradients_equal_cross_entropy(smoothing: float, chunk: int) ->
     hidden, target = example()
     hidden.requires_grad_()
     output = layer()
-    loss, tokens = token_loss(hidden, output, target, smoothing, list(output.parameters()), chunk=chunk)
+    loss = token_loss(hidden, output, target, smoothing, list(output.parameters()), chunk=chunk)
     expected = plain(hidden, output, target, smoothing)
-    assert tokens == 37
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
     for ours, theirs in zip(
         gradients(loss, hidden, *output.parameters()), gradients(expected, hidden, *output.parameters()), strict=True
@@ -49,9 +55,8 @@ def test_loss_and_gradients_equal_cross_entropy(smoothing: float, chunk: int) ->
 def test_worked_by_hand() -> None:
     # Two classes with logits (0, ln 3): probabilities 1/4 and 3/4.
     hidden = torch.tensor([[0.0, 3.0]]).log().nan_to_num(neginf=0.0).requires_grad_()
-    loss, tokens = token_loss(hidden, nn.Identity(), torch.tensor([1]), 0.2, [])
+    loss = token_loss(hidden, nn.Identity(), torch.tensor([1]), 0.2, [])
     quarter, three_quarters = torch.tensor(0.25).log(), torch.tensor(0.75).log()
-    assert tokens == 1
     torch.testing.assert_close(loss, -(0.9 * three_quarters + 0.1 * quarter))
     torch.testing.assert_close(gradients(loss, hidden)[0], torch.tensor([[0.25 - 0.1, 0.75 - 0.9]]))
 
@@ -60,7 +65,7 @@ def test_bf16_is_close_to_fp32_of_the_same_numbers() -> None:
     hidden, target = example(400)
     output = layer().bfloat16()
     short = hidden.bfloat16().requires_grad_()
-    loss, _ = token_loss(short, output, target, 0.1, list(output.parameters()), chunk=50 * VOCAB)
+    loss = token_loss(short, output, target, 0.1, list(output.parameters()), chunk=50 * VOCAB)
     exact = layer()
     exact.load_state_dict(output.state_dict())
     long = short.detach().float().requires_grad_()
@@ -78,17 +83,17 @@ def test_sums_over_chunks_are_kept_in_fp32() -> None:
     hidden = torch.ones(4096, 1, dtype=torch.bfloat16)
     output = nn.Linear(1, 2, bias=False).bfloat16()
     nn.init.zeros_(output.weight)
-    loss, _ = token_loss(hidden, output, torch.zeros(4096, dtype=torch.int64), 0.0, [output.weight], chunk=1)
+    loss = token_loss(hidden, output, torch.zeros(4096, dtype=torch.int64), 0.0, [output.weight], chunk=1)
     assert gradients(loss, output.weight)[0].float().tolist() == [[-2048.0], [2048.0]]
 
 
 def test_weighted_micro_batches_add_up_to_the_gradient_of_one_batch() -> None:
     hidden, target = example(40)
     whole, parts = layer(), layer()
-    token_loss(hidden, whole, target, 0.1, list(whole.parameters()), weight=1 / 40)[0].backward()
+    token_loss(hidden, whole, target, 0.1, list(whole.parameters()), weight=1 / 40).backward()
     losses = []
     for rows in (slice(0, 3), slice(3, 30), slice(30, 40)):  # of unequal size on purpose
-        loss, _ = token_loss(hidden[rows], parts, target[rows], 0.1, list(parts.parameters()), weight=1 / 40)
+        loss = token_loss(hidden[rows], parts, target[rows], 0.1, list(parts.parameters()), weight=1 / 40)
         loss.backward()
         losses.append(float(loss.detach()))
     expected = F.cross_entropy(whole(hidden), target, label_smoothing=0.1)
@@ -100,8 +105,8 @@ def test_weighted_micro_batches_add_up_to_the_gradient_of_one_batch() -> None:
 def test_a_scaled_loss_has_scaled_gradients() -> None:
     hidden, target = example()
     output = layer()
-    single = gradients(token_loss(hidden, output, target, 0.1, list(output.parameters()))[0], output.weight)[0]
-    tripled = gradients(3 * token_loss(hidden, output, target, 0.1, list(output.parameters()))[0], output.weight)[0]
+    single = gradients(token_loss(hidden, output, target, 0.1, list(output.parameters())), output.weight)[0]
+    tripled = gradients(3 * token_loss(hidden, output, target, 0.1, list(output.parameters())), output.weight)[0]
     torch.testing.assert_close(tripled, 3 * single)
 
 
@@ -120,7 +125,7 @@ def test_any_output_layer_and_unused_parameters() -> None:
     torch.manual_seed(3)
     output = Capped()
     hidden, target = example()
-    token_loss(hidden, output, target, 0.1, list(output.parameters()), chunk=10 * VOCAB)[0].backward()
+    token_loss(hidden, output, target, 0.1, list(output.parameters()), chunk=10 * VOCAB).backward()
     ours = {name: p.grad for name, p in output.named_parameters()}
     output.zero_grad()
     plain(hidden, output, target, 0.1).backward()
@@ -138,14 +143,14 @@ def test_a_tied_embedding_gets_both_its_gradients() -> None:
     def output(hidden: Tensor) -> Tensor:
         return F.linear(hidden, embedding.weight)
 
-    token_loss(embedding(ids).tanh(), output, target, 0.1, list(embedding.parameters()))[0].backward()
+    token_loss(embedding(ids).tanh(), output, target, 0.1, list(embedding.parameters())).backward()
     ours = embedding.weight.grad
     embedding.zero_grad()
     F.cross_entropy(output(embedding(ids).tanh()), target, label_smoothing=0.1, reduction="sum").backward()
     torch.testing.assert_close(ours, embedding.weight.grad, rtol=1e-5, atol=1e-6)
 
 
-def test_without_gradients_only_the_loss() -> None:
+def test_log_probabilities_are_those_of_a_softmax(monkeypatch) -> None:
     hidden, target = example()
     output = layer()
     calls = []
@@ -154,17 +159,18 @@ def test_without_gradients_only_the_loss() -> None:
         calls.append(len(rows))
         return output(rows)
 
-    with torch.no_grad():
-        loss, _ = token_loss(hidden, counted, target, 0.1, list(output.parameters()), chunk=10 * VOCAB)
-    assert not loss.requires_grad
+    monkeypatch.setattr(loss_module, "chunk_of", lambda _device: 10 * VOCAB)
+    found = log_probs(hidden, counted, target)
+    assert not found.requires_grad
     assert max(calls) == 10
-    torch.testing.assert_close(loss, plain(hidden, output, target, 0.1).detach(), rtol=1e-5, atol=0)
+    expected = output(hidden).log_softmax(1).gather(1, target[:, None]).squeeze(1).detach()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_large_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]], requires_grad=True)
     target = torch.tensor([1, 1])
-    loss, _ = token_loss(hidden, nn.Identity(), target, 0.1, [])
+    loss = token_loss(hidden, nn.Identity(), target, 0.1, [])
     expected = F.cross_entropy(hidden, target, label_smoothing=0.1, reduction="sum")
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, hidden)[0], gradients(expected, hidden)[0])
@@ -173,9 +179,9 @@ def test_large_logits_stay_finite() -> None:
 def test_no_rows_have_no_loss_and_no_gradient() -> None:
     hidden = torch.zeros(0, DIM, requires_grad=True)
     output = layer()
-    loss, tokens = token_loss(hidden, output, torch.zeros(0, dtype=torch.int64), 0.1, list(output.parameters()))
+    loss = token_loss(hidden, output, torch.zeros(0, dtype=torch.int64), 0.1, list(output.parameters()))
     loss.backward()
-    assert (float(loss.detach()), tokens) == (0.0, 0)
+    assert float(loss.detach()) == 0.0
     assert hidden.grad is not None
 
 

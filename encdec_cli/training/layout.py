@@ -53,15 +53,8 @@ class Layout(Protocol):
         optimizer is built.
         """
 
-    def gradients(
-        self,
-        model: Model,
-        parameters: Sequence[nn.Parameter],
-        objective: Objective,
-        most: int,
-        say: Callable[[str], None],
-    ) -> Computing:
-        """Return what computes micro-batches, at most so many an update, for these parameters; see `Gradients`."""
+    def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Computing:
+        """Return what computes micro-batches, at most so many side by side, for these parameters; see `Gradients`."""
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Bring the weights into the whole model; return what gives them at full precision to the first process.
@@ -81,23 +74,17 @@ class Replicated:
 
     even = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, say: Callable[[str], None]) -> None:
         self.ranks = ranks
+        self.say = say
 
     def whole(self, model: Model, precision: Precision) -> Model:
         """Return the model itself; see `Layout`."""
         return model
 
-    def gradients(
-        self,
-        model: Model,
-        parameters: Sequence[nn.Parameter],
-        objective: Objective,
-        most: int,
-        say: Callable[[str], None],
-    ) -> Gradients:
+    def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Gradients:
         """Return what computes micro-batches, side by side where it can be; see `Layout`."""
-        return Gradients(model, parameters, objective, most, say)
+        return Gradients(model, parameters, objective, most, self.say)
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Return what gives the weights of the optimizer, and buffers as the model has them; see `Layout`."""
@@ -128,10 +115,10 @@ def _mark(tensors: Iterable[Tensor]) -> int:
     return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
 
 
-def make_layout(recipe: Recipe, ranks: Ranks) -> Layout:
-    """Return the layout of a run; one process alone has all."""
+def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:
+    """Return the layout of a run; one process alone has all. `say` is given sentences for the user."""
     if not (recipe.parallel.shard and ranks.world > 1):
-        return Replicated(ranks)
+        return Replicated(ranks, say)
     from encdec_cli.training.sharding import Sharded  # noqa: PLC0415 - it takes seconds
 
     return Sharded(ranks)

@@ -126,25 +126,6 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
     return torch.compile(_smoothed, dynamic=True)
 
 
-def token_loss(
-    hidden: Tensor,
-    project: Project,
-    target: Tensor,
-    smoothing: float,
-    parameters: Sequence[Tensor],
-    weight: float = 1.0,
-    chunk: int = 0,
-) -> tuple[Tensor, int]:
-    """Return `weight` times the sum of the label-smoothed cross-entropies in nats, and the number of tokens.
-
-    The loss is that of `F.cross_entropy(project(hidden), target, label_smoothing=smoothing, reduction="sum")`, and so
-    is its gradient. Arguments as for `chunked_loss`; target: [n], int64; smoothing: the share of probability spread
-    evenly over the vocabulary.
-    """
-    loss = chunked_loss(hidden, project, CrossEntropy(target, smoothing), parameters, weight, chunk)
-    return loss, target.numel()
-
-
 def chunked_loss(
     hidden: Tensor,
     project: Project,
@@ -169,18 +150,13 @@ def chunked_loss(
         return hidden.float().sum() * 0.0
     used, vocab = used_by(project, hidden, parameters)
     size = max(8, (chunk or chunk_of(hidden.device)) // vocab) // criterion.group * criterion.group
-    if torch.is_grad_enabled() and (used or hidden.requires_grad):
-        loss: Tensor = _ChunkedLoss.apply(hidden, project, criterion, (weight, size), *used)  # type: ignore[no-untyped-call]
-        return loss
-    total = hidden.new_zeros((), dtype=torch.float32)
-    for rows in _chunks(hidden, size):
-        total += criterion(project(hidden[rows]), rows, weight)[0]
-    return total * weight
+    loss: Tensor = _ChunkedLoss.apply(hidden, project, criterion, (weight, size), *used)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @torch.no_grad()
 def log_probs(hidden: Tensor, project: Project, target: Tensor) -> Tensor:
-    """Return the natural log-probability of each target, [n] fp32; arguments as for `token_loss`."""
+    """Return the natural log-probability of each target, [n] fp32; target: [n] int64, others as for `chunked_loss`."""
     criterion, size = CrossEntropy(target), max(8, chunk_of(hidden.device) // project(hidden[:1]).shape[-1])
     found = [-criterion.parts(project(hidden[rows]), rows)[0].squeeze(1) for rows in _chunks(hidden, size)]
     return torch.cat(found)

@@ -56,12 +56,7 @@ class Sharded:
         return copy
 
     def gradients(
-        self,
-        model: Model,
-        parameters: Sequence[nn.Parameter],
-        objective: Objective,
-        most: int,
-        say: Callable[[str], None],
+        self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
     ) -> ShardedGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
         return ShardedGradients(model, parameters, objective, self.ranks)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +91,7 @@ class Trainer:
         model.checkpointing = self.train.checkpointing
         self.store = setting.data.store("train")
         self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
-        self.layout = make_layout(setting.recipe, self.ranks)
+        self.layout = make_layout(setting.recipe, self.ranks, setting.say)
         self._check_lengths()
         if self.layout.even:
             _ = self.formula  # which shares of a model do not tell
@@ -104,8 +105,8 @@ class Trainer:
         compiled = compiles(setting.recipe, model, setting.device)
         # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
-        parts = model, self.optimizer.parameters, make_objective(self.bundle, self.store, setting.device), most
-        self.gradients = self.layout.gradients(*parts, say=setting.say)
+        objective = make_objective(self.bundle, self.store, setting.device)
+        self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
         self.facts["compiled"] = compiled
@@ -130,19 +131,18 @@ class Trainer:
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
+        if self.facts["compiled"]:
+            self.model.compile_layers()
         with closing(self.gradients), closing(self.feed):
             self._run(show)
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
-        if self.facts["compiled"]:
-            self.model.compile_layers()
         progress = self.progress
         if self.ranks.first:
             atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
             self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
-        updates = self.sampler.updates(progress.step, self.train.accumulate)
-        upcoming = next(updates)
+        updates = self._updates()
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
@@ -156,10 +156,15 @@ class Trainer:
                 where = f"saved at update {progress.step}; the same command continues"
                 raise self.setting.stop.error(f"stopped by a signal; {where}.")
             if not over:
-                batches, upcoming = upcoming, next(updates)
-                for number in self.ranks.share(range(len(upcoming))):
-                    self.feed.expect(upcoming[number], progress.step + 2)
-                self.update(batches, show)
+                self.update(next(updates), show)
+
+    def _updates(self) -> Iterator[Sequence[Ints]]:
+        """Yield the micro-batches of each update from here on, after the feed is told those of the one after it."""
+        updates = self.sampler.updates(self.progress.step, self.train.accumulate)
+        for step, (batches, upcoming) in enumerate(pairwise(updates), self.progress.step + 2):
+            for number in self.ranks.share(range(len(upcoming))):
+                self.feed.expect(upcoming[number], step)
+            yield batches
 
     def _check_lengths(self) -> None:
         """Refuse examples too long for the model."""

@@ -17,7 +17,7 @@ from encdec_cli.generation.lines import Options, first_text, generate
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.text.windows import full_windows
-from encdec_cli.training.loss import real_rows, token_loss
+from encdec_cli.training.loss import log_probs, real_rows
 from encdec_cli.training.signals import Stop
 
 _TOKENS = 4096
@@ -80,8 +80,8 @@ class Validation:
             target = batch.known_target
             hidden = model(batch.source, batch.source_mask, target[:, :-1])
             real, labels = real_rows(hidden, target[:, 1:])
-            loss, number = token_loss(real, model.project, labels, 0.0, ())
-            total, tokens = total + float(loss), tokens + number
+            total -= float(log_probs(real, model.project, labels).sum())
+            tokens += len(labels)
         return total / tokens
 
     def try_longest(self, bundle: Bundle) -> None:
