@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -110,6 +111,12 @@ def copy_task(folder: Path, train: int = 600, held_out: int = 40, reverse: bool 
     return recipe
 
 
+def log_lines(run: Path, event: str = "") -> list[dict[str, Any]]:
+    """The lines of a run's log, or those of one event."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
+    return [line for line in lines if event in ("", line["event"])]
+
+
 @pytest.fixture(scope="session", autouse=True)
 def usual_signals():
     """Let commands under test get signals although a shell in the background, or nohup, has them ignored."""
@@ -121,6 +128,12 @@ def usual_signals():
 def recipe(tmp_path: Path) -> Path:
     """A recipe that copies digits, in a folder of its own."""
     return copy_task(tmp_path / "corpus")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe that copies digits, for tests that leave its folder as it is."""
+    return copy_task(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="module")

@@ -23,22 +23,16 @@ from encdec_cli.text.vocabulary import Vocabulary, with_special
 from encdec_cli.training.initial import mapped, origins, vocabulary_axes
 from encdec_cli.training.learning import freeze, matching
 from encdec_cli.training.lora import adapt, merged
-from tests.conftest import copy_task
 from tests.test_resume import fingerprint, lines_of
 
 SHORT = ("train.steps=12", "train.validate_every=6", "train.save_every=3", "train.log_every=1", "train.precision=fp32")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return copy_task(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def base(forks, recipe, tmp_path_factory):
+def base(forks, corpus, tmp_path_factory):
     """A run to begin from."""
     folder = tmp_path_factory.mktemp("base") / "run"
-    done = forks("train", recipe, *SHORT, "--output", folder)
+    done = forks("train", corpus, *SHORT, "--output", folder)
     assert done.wait() == 0, done.stderr
     return folder
 
@@ -124,9 +118,9 @@ def test_what_belongs_to_the_vocabularies_of_a_transformer(tie, source, target) 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_another_vocabulary_keeps_the_tokens_that_are_the_same(forks, base, recipe, tmp_path):
-    text = recipe.read_text().replace("vocabulary: 40", "vocabulary: 11")
-    other = recipe.parent / "fewer.yaml"
+def test_another_vocabulary_keeps_the_tokens_that_are_the_same(forks, base, corpus, tmp_path):
+    text = corpus.read_text().replace("vocabulary: 40", "vocabulary: 11")
+    other = tmp_path / "fewer.yaml"
     other.write_text(text)
     still = ("train.steps=1", "train.validate_every=1", "train.rate=1e-12")
     done = forks("train", other, *SHORT, *still, "--init-from", base, "--output", tmp_path / "run")
@@ -143,10 +137,10 @@ def test_another_vocabulary_keeps_the_tokens_that_are_the_same(forks, base, reci
 # --- frozen weights
 
 
-def test_frozen_weights_stay_and_the_checkpoint_remembers_nothing_of_them(forks, base, recipe, tmp_path):
+def test_frozen_weights_stay_and_the_checkpoint_remembers_nothing_of_them(forks, base, corpus, tmp_path):
     run = tmp_path / "run"
     # In bf16, so that their full precision must be kept apart.
-    words = ("train", recipe, *SHORT, "train.precision=bf16", "train.freeze=[encoder.*]", "--init-from", base)
+    words = ("train", corpus, *SHORT, "train.precision=bf16", "train.freeze=[encoder.*]", "--init-from", base)
     tried = forks(*words, "--dry-run", "--output", tmp_path / "dry")
     assert tried.wait() == 0, tried.stderr
     assert "parameters, of which" in tried.stderr
@@ -156,7 +150,7 @@ def test_frozen_weights_stay_and_the_checkpoint_remembers_nothing_of_them(forks,
     assert {name for name in after if after[name].equal(before[name])} == {n for n in after if n.startswith("encoder.")}
     state = load_file(run / "checkpoints" / step_name(12) / "state.safetensors")
     assert {name.partition(".")[0] for name in state if ".encoder." in name} == {"master"}
-    refused = forks("train", recipe, *SHORT, "train.precision=bf16", "train.steps=14", "--output", run)
+    refused = forks("train", corpus, *SHORT, "train.precision=bf16", "train.steps=14", "--output", run)
     assert refused.wait() == 2
     assert "train.freeze was ['encoder.*'], is []" in refused.stderr
 
@@ -213,16 +207,16 @@ WIDE = ("joined.weight", "output.weight", "query.weight", "inner.weight", "outer
 LORA = (*SHORT, "lora.rank=2", "lora.targets=[decoder.*]")
 
 
-def test_what_is_adapted_must_have_learned_before(forks, recipe, tmp_path):
-    done = forks("train", recipe, *LORA, "--output", tmp_path / "run")
+def test_what_is_adapted_must_have_learned_before(forks, corpus, tmp_path):
+    done = forks("train", corpus, *LORA, "--output", tmp_path / "run")
     assert done.wait() == 2
     assert "lora.rank" in done.stderr
     assert "--init-from" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_an_adapted_run_that_was_killed_ends_with_the_same_bytes(forks, base, recipe, tmp_path):
-    words = ("train", recipe, *LORA, "train.ema=0.5", "train.optimizer=adafactor", "--init-from", base, "--output")
+def test_an_adapted_run_that_was_killed_ends_with_the_same_bytes(forks, base, corpus, tmp_path):
+    words = ("train", corpus, *LORA, "train.ema=0.5", "train.optimizer=adafactor", "--init-from", base, "--output")
     unbroken = forks(*words, tmp_path / "unbroken")
     assert unbroken.wait() == 0, unbroken.stderr
     run, generator, kills = tmp_path / "run", random.Random(3), 0
@@ -247,6 +241,6 @@ def test_an_adapted_run_that_was_killed_ends_with_the_same_bytes(forks, base, re
     assert all(torch.linalg.matrix_rank(after[name] - before[name], atol=1e-6) <= 2 for name in changed)
     state = load_file(run / "checkpoints" / step_name(12) / "state.safetensors")
     assert all("lora" in name for name in state if name.startswith(("rows.", "columns.", "square.", "ema.")))
-    told = forks("train", recipe, *LORA, "lora.alpha=1.0", "--init-from", base, "--output", run)
+    told = forks("train", corpus, *LORA, "lora.alpha=1.0", "--init-from", base, "--output", run)
     assert told.wait() == 2
     assert "lora.alpha was 16.0, is 1.0" in told.stderr

@@ -9,30 +9,20 @@ from safetensors.torch import load_file
 
 from encdec_cli.atomic import verify
 from encdec_cli.bundle.checkpoint import step_name
-from tests.conftest import copy_task
+from tests.conftest import copy_task, log_lines
 from tests.trainers import ignore, trainer
 
 SHORT = ("train.steps=16", "train.save_every=4", "train.precision=fp32", "train.validate_every=2", "train.metric=chrf")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return copy_task(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
-def run(forks, recipe, tmp_path_factory):
+def run(forks, corpus, tmp_path_factory):
     """A run that has kept its three best models."""
     folder = tmp_path_factory.mktemp("run") / "run"
     kept = ("train.average=3", "train.average_of=best", "train.rate=3e-2")
-    done = forks("train", recipe, *SHORT, *kept, "--output", folder)
+    done = forks("train", corpus, *SHORT, *kept, "--output", folder)
     assert done.wait() == 0, done.stderr
     return folder
-
-
-def events(run, kind):
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
-    return [line for line in lines if line["event"] == kind]
 
 
 def weights(bundle):
@@ -40,10 +30,10 @@ def weights(bundle):
 
 
 def test_the_best_models_are_averaged(run):
-    scores = {line["step"]: line["chrF2"] for line in events(run, "valid")}
+    scores = {line["step"]: line["chrF2"] for line in log_lines(run, "valid")}
     best = sorted(sorted(scores, key=lambda step: (scores[step], step))[-3:])
     assert best != sorted(scores)[-3:], "this run shows nothing"
-    assert events(run, "average")[0]["of"] == best
+    assert log_lines(run, "average")[0]["of"] == best
     assert {step_name(step) for step in best} <= {path.name for path in (run / "bundles").iterdir()}
 
 
@@ -75,8 +65,8 @@ def test_the_mean_of_one_model_with_itself_is_that_model(forks, run, tmp_path):
     ("change", "words"),
     [("model.heads=4", "model.heads is not that of"), ("text.vocabulary=9", "source vocabulary is not that of")],
 )
-def test_models_that_do_not_fit_are_refused(forks, recipe, run, tmp_path, change, words):
-    other = forks("train", recipe, *SHORT, "train.steps=2", change, "--output", tmp_path / "other")
+def test_models_that_do_not_fit_are_refused(forks, corpus, run, tmp_path, change, words):
+    other = forks("train", corpus, *SHORT, "train.steps=2", change, "--output", tmp_path / "other")
     assert other.wait() == 0, other.stderr
     done = forks("average", run, tmp_path / "other", "--output", tmp_path / "mean")
     assert done.wait() == 5
@@ -98,9 +88,9 @@ def test_what_the_command_refuses(forks, run, tmp_path):
     verify(run / "data")
 
 
-def test_with_ema_the_average_is_validated_and_kept(forks, recipe, tmp_path):
+def test_with_ema_the_average_is_validated_and_kept(forks, corpus, tmp_path):
     run = tmp_path / "run"
-    done = forks("train", recipe, *SHORT, "train.ema=0.7", "train.average=2", "--output", run)
+    done = forks("train", corpus, *SHORT, "train.ema=0.7", "train.average=2", "--output", run)
     assert done.wait() == 0, done.stderr
     last = run / "bundles" / step_name(16)
     state = load_file(run / "checkpoints" / step_name(16) / "state.safetensors")
@@ -109,10 +99,10 @@ def test_with_ema_the_average_is_validated_and_kept(forks, recipe, tmp_path):
         assert not weight.equal(state[f"master.{name}"])
     # What was validated is what is kept: with a rate of next to nothing its loss is found again.
     still = ("train.steps=1", "train.rate=1e-12", "train.warmup=0")
-    found = forks("train", recipe, *SHORT, *still, "--init-from", last, "--output", tmp_path / "found")
+    found = forks("train", corpus, *SHORT, *still, "--init-from", last, "--output", tmp_path / "found")
     assert found.wait() == 0, found.stderr
-    losses = {line["step"]: line["loss"] for line in events(run, "valid")}
-    assert events(tmp_path / "found", "valid")[0]["loss"] == pytest.approx(losses[16], abs=1e-5)
+    losses = {line["step"]: line["loss"] for line in log_lines(run, "valid")}
+    assert log_lines(tmp_path / "found", "valid")[0]["loss"] == pytest.approx(losses[16], abs=1e-5)
 
 
 def test_of_models_with_equal_scores_the_newest_is_kept_and_patience_runs_out(tmp_path):

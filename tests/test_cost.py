@@ -37,6 +37,7 @@ from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.trainer import Setting, Trainer
+from tests.conftest import log_lines
 from tests.test_resume import lines_of
 
 ROOT = Path(__file__).parent.parent
@@ -165,7 +166,7 @@ def forecast(model, load, accumulate: int = 1, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, checkpointing):
     monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.5)
-    monkeypatch.setattr(memory, "CHUNK", 600 * VOCAB)
+    monkeypatch.setattr(memory, "chunk_of", lambda _device: 600 * VOCAB)
     model = transformer(attention_dropout=0.1)
     model.checkpointing = checkpointing
     ids = [[[5 + i % 9] * (length - 1) for i in range(160)] for length in (18, 24)]
@@ -317,8 +318,7 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
     assert done.wait() == 0, done.stderr
     assert "memory: " in done.stderr
     assert "spent: " in done.stderr
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
-    last = [event for event in events if event["event"] == "train"][-1]
+    last = log_lines(run, "train")[-1]
     wanted = setting(recipe, run, *keys)
     store = wanted.data.store("train")
     sampler = Sampler(store.source_lengths, store.target_lengths, 256, wanted.data.data_hash, 1)

@@ -129,11 +129,6 @@ def forks(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return copy_task(tmp_path_factory.mktemp("corpus"))
-
-
-@pytest.fixture(scope="module")
 def alone(forks, corpus, tmp_path_factory):
     """The folder of a run of one process, with two micro-batches an update."""
     run = tmp_path_factory.mktemp("alone") / "run"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 from collections.abc import Callable
@@ -14,16 +13,11 @@ import torch
 from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import NonFiniteError, StoppedError
 from encdec_cli.training.trainer import Trainer
-from tests.conftest import copy_task
+from tests.conftest import log_lines
 from tests.trainers import ignore, trainer
 
 SMALL = ("train.steps=14", "train.accumulate=2", "train.tokens=128", "train.validate_every=0", "train.log_every=1")
 SEED = 1_000_003
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> Path:
-    return copy_task(tmp_path_factory.mktemp("corpus"))
 
 
 def poisoned(made: Trainer, updates: set[int], value: float, in_loss: bool = True, part: int = 1) -> Trainer:
@@ -51,14 +45,13 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def log(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
-    return [{key: value for key, value in line.items() if key != "clock"} for line in lines]
+    return [{key: value for key, value in line.items() if key != "clock"} for line in log_lines(run)]
 
 
 @pytest.fixture(scope="module")
-def clean(recipe, tmp_path_factory) -> Trainer:
+def clean(corpus, tmp_path_factory) -> Trainer:
     """A run that nothing disturbed, with a checkpoint of every update."""
-    made = trainer(recipe, tmp_path_factory.mktemp("clean") / "run", *SMALL, "train.save_every=1", "train.keep=99")
+    made = trainer(corpus, tmp_path_factory.mktemp("clean") / "run", *SMALL, "train.save_every=1", "train.keep=99")
     made.run(ignore)
     return made
 
@@ -66,8 +59,8 @@ def clean(recipe, tmp_path_factory) -> Trainer:
 @pytest.mark.parametrize(
     ("step", "value", "in_loss"), [(2, math.nan, True), (9, math.inf, False), (13, -math.inf, False)]
 )
-def test_it_stops_before_the_update_with_the_batch_and_its_rows(recipe, clean, tmp_path, value, step, in_loss):
-    made = poisoned(trainer(recipe, tmp_path / "run", *SMALL, "train.save_every=1"), {step}, value, in_loss)
+def test_it_stops_before_the_update_with_the_batch_and_its_rows(corpus, clean, tmp_path, value, step, in_loss):
+    made = poisoned(trainer(corpus, tmp_path / "run", *SMALL, "train.save_every=1"), {step}, value, in_loss)
     with pytest.raises(NonFiniteError) as caught:
         made.run(ignore)
     said = str(caught.value)
@@ -82,16 +75,16 @@ def test_it_stops_before_the_update_with_the_batch_and_its_rows(recipe, clean, t
     assert equal(masters(made, step - 1), masters(clean, step - 1))
 
 
-def test_the_command_ends_with_exit_code_7(forks, recipe, tmp_path):
-    done = forks("train", recipe, "--output", tmp_path / "run", "train.rate=1e30", "train.warmup=0", "train.clip=0")
+def test_the_command_ends_with_exit_code_7(forks, corpus, tmp_path):
+    done = forks("train", corpus, "--output", tmp_path / "run", "train.rate=1e30", "train.warmup=0", "train.clip=0")
     assert done.wait() == 7, done.stderr
     assert "Traceback" not in done.stderr
     assert "train.on_nan=skip" in done.stderr
 
 
-def test_skip_leaves_the_update_out_and_nothing_else(recipe, clean, tmp_path):
+def test_skip_leaves_the_update_out_and_nothing_else(corpus, clean, tmp_path):
     overrides = (*SMALL, "train.on_nan=skip", "train.save_every=1", "train.keep=99")
-    made = poisoned(trainer(recipe, tmp_path / "run", *overrides), {6}, math.nan)
+    made = poisoned(trainer(corpus, tmp_path / "run", *overrides), {6}, math.nan)
     made.run(ignore)
     assert equal(masters(made, 5), masters(clean, 5))
     assert equal(masters(made, 6), masters(made, 5))
@@ -104,17 +97,17 @@ def test_skip_leaves_the_update_out_and_nothing_else(recipe, clean, tmp_path):
     assert all(math.isfinite(line["loss"]) for line in lines if line["event"] == "train")
 
 
-def test_too_many_in_a_row_are_the_end(recipe, tmp_path):
+def test_too_many_in_a_row_are_the_end(corpus, tmp_path):
     overrides = (*SMALL, "train.on_nan=skip", "train.steps=40")
-    made = poisoned(trainer(recipe, tmp_path / "run", *overrides), {2, *range(4, 20)}, math.nan)
+    made = poisoned(trainer(corpus, tmp_path / "run", *overrides), {2, *range(4, 20)}, math.nan)
     with pytest.raises(NonFiniteError, match=r"update 13: .*10 in a row"):
         made.run(ignore)
     assert made.progress.skipped == [2, *range(4, 13)]
 
 
-def test_rollback_takes_the_weights_back_and_the_data_forward(recipe, clean, tmp_path):
+def test_rollback_takes_the_weights_back_and_the_data_forward(corpus, clean, tmp_path):
     overrides = (*SMALL, "train.on_nan=rollback", "train.save_every=5", "train.keep=99")
-    made = poisoned(trainer(recipe, tmp_path / "run", *overrides), {8}, math.inf, in_loss=False)
+    made = poisoned(trainer(corpus, tmp_path / "run", *overrides), {8}, math.inf, in_loss=False)
     before, own = {}, made.gradients.of
 
     def watched(batches, weight, seed, numbers):
@@ -129,8 +122,8 @@ def test_rollback_takes_the_weights_back_and_the_data_forward(recipe, clean, tmp
     assert made.progress.order == clean.progress.order
 
 
-def test_rollback_without_a_checkpoint_stops(recipe, tmp_path):
-    made = poisoned(trainer(recipe, tmp_path / "run", *SMALL, "train.on_nan=rollback"), {3}, math.nan)
+def test_rollback_without_a_checkpoint_stops(corpus, tmp_path):
+    made = poisoned(trainer(corpus, tmp_path / "run", *SMALL, "train.on_nan=rollback"), {3}, math.nan)
     with pytest.raises(NonFiniteError, match="no checkpoint yet"):
         made.run(ignore)
 
@@ -152,14 +145,14 @@ def broken_at(made: Trainer, updates: set[int], how: type[BaseException]) -> Cal
 @pytest.mark.parametrize(
     ("on_nan", "how"), [("skip", StoppedError), ("rollback", StoppedError), ("rollback", KeyboardInterrupt)]
 )
-def test_interrupted_around_it_the_run_ends_with_the_same_bytes(recipe, tmp_path, on_nan, how):
+def test_interrupted_around_it_the_run_ends_with_the_same_bytes(corpus, tmp_path, on_nan, how):
     overrides = (*SMALL, f"train.on_nan={on_nan}", "train.save_every=5")
     bad = {8, 12}
-    unbroken = poisoned(trainer(recipe, tmp_path / "unbroken", *overrides), bad, math.nan)
+    unbroken = poisoned(trainer(corpus, tmp_path / "unbroken", *overrides), bad, math.nan)
     unbroken.run(ignore)
     left = {3, 7, 9, 13}
     while True:
-        made = poisoned(trainer(recipe, tmp_path / "broken", *overrides), bad, math.nan)
+        made = poisoned(trainer(corpus, tmp_path / "broken", *overrides), bad, math.nan)
         try:
             made.run(broken_at(made, left, how))
         except how:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from encdec_cli.training.prove import compare
-from tests.conftest import copy_task, encdec
+from tests.conftest import copy_task, encdec, log_lines
 from tests.trainers import ignore, trainer
 
 SMALL = ("model.d_model=16", "model.feed_forward=16", "train.tokens=128")
@@ -38,7 +38,7 @@ def flip(path: Path) -> None:
 
 
 def rewrite(run: Path, **fields: object) -> None:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
+    lines = log_lines(run)
     lines[1] |= fields
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 

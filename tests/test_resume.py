@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from encdec_cli.atomic import MANIFEST
-from tests.conftest import copy_task, encdec, start
+from tests.conftest import copy_task, encdec, log_lines, start
 
 TIMEOUT = 120
 
@@ -21,8 +21,7 @@ def fingerprint(run: Path) -> dict[str, object]:
     files = {}
     for folder in (run / "data", run / "bundle", *sorted((run / "checkpoints").iterdir())):
         files[folder.name] = json.loads((folder / MANIFEST).read_text())
-    log = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
-    return {"files": files, "log": [{k: v for k, v in line.items() if k != "clock"} for line in log]}
+    return {"files": files, "log": [{k: v for k, v in line.items() if k != "clock"} for line in log_lines(run)]}
 
 
 IN_TURN = ("train.average=2",)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from encdec_cli.training.log import Log
 from encdec_cli.training.tensorboard import Board
+from tests.conftest import log_lines
 
 
 def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -26,14 +26,13 @@ def test_a_run_that_goes_on_is_shown_from_its_log(forks, recipe, tmp_path):
     for steps in (4, 8):
         done = forks("train", recipe, *keys, f"train.steps={steps}", "--output", run)
         assert done.wait() == 0, done.stderr
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().split("\n")[:-1]]
     shown = scalars(run)
     for event, names in (("train", ("loss", "rate", "norm", "padding")), ("valid", ("loss", "exact"))):
         for name in names:
-            logged = [(line["step"], line[name]) for line in lines if line["event"] == event]
+            logged = [(line["step"], line[name]) for line in log_lines(run, event)]
             assert len(logged) > 1
             assert shown[f"{event}/{name}"] == [(step, pytest.approx(value)) for step, value in logged]
-    hours = [line["clock"]["spent"]["hours"] for line in lines if line["event"] == "train"]
+    hours = [line["clock"]["spent"]["hours"] for line in log_lines(run, "train")]
     assert [value for _, value in shown["train/spent/hours"]] == pytest.approx(hours)
 
 
