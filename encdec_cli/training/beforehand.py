@@ -12,6 +12,7 @@ from encdec_cli.errors import UsageError
 from encdec_cli.evaluation.metrics import Metric, try_out
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
+from encdec_cli.training.compiling import compiles
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.guide import chosen_head
 from encdec_cli.training.learning import freeze
@@ -65,8 +66,9 @@ def _check_model(recipe: Recipe) -> None:
         raise UsageError(
             f"train.checkpointing: this model ({kind.__name__}) cannot compute its layers again; set it to false."
         )
-    if recipe.guide.weight or recipe.lora.rank or recipe.train.freeze:
+    if recipe.guide.weight or recipe.lora.rank or recipe.train.freeze or recipe.train.compile is True:
         model = build_model(recipe, _VOCABULARY, _VOCABULARY)
+        compiles(recipe, model, "cpu")
         if recipe.guide.weight:
             chosen_head(model, recipe.guide)
         adapt(model, recipe.lora)
