@@ -24,6 +24,7 @@ from encdec_cli.training.signals import Stop
 from encdec_cli.training.trainer import Setting, Trainer
 from tests.conftest import copy_task
 from tests.test_resampling import some_lines
+from tests.trainers import trainer
 
 LINES = some_lines(200)
 LONGEST = 32
@@ -159,3 +160,15 @@ def test_a_run_with_all_of_it_that_is_killed_ends_with_the_same_bytes(tmp_path):
         with pytest.raises(Killed):
             train("broken", update)
     assert train("broken") == unbroken
+
+
+def test_what_was_read_ahead_is_what_is_read_when_asked_for(tmp_path):
+    made = trainer(copy_task(tmp_path / "corpus"), tmp_path / "run", "regularize.word_dropout_source=0.3")
+    rows, others = made.sampler.batch(0, 0), made.sampler.batch(0, 1)
+    plain = made.feed(rows, 3)
+    made.feed.expect(rows, 3)
+    made.feed.expect(others, 4)
+    ahead = made.feed(rows, 3)
+    assert torch.equal(ahead.source, plain.source)
+    assert not torch.equal(made.feed(rows, 4).source, plain.source)
+    made.feed.close()

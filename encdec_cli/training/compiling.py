@@ -18,7 +18,9 @@ MANY = 1000
 def compiles(recipe: Recipe, model: Model, device: str) -> bool:
     """Return what `train.compile` comes to. Raises UsageError where it is true and cannot be done.
 
-    `auto` depends on the recipe and the machine alone, so that a run that goes on does what it did before.
+    `auto` depends on the recipe and the machine alone, so that a run that goes on does what it did before. On a CPU it
+    does not pay: 3 + 3 layers of width 256 trained at 0.63 (bf16) and 0.84 (fp32) of the speed without it, since our
+    dropout and our products are faster than those that the compiler makes.
     """
     wanted, sharded = recipe.train.compile, recipe.parallel.shard
     if wanted == "auto":

@@ -75,9 +75,10 @@ class CrossEntropy:
         """Return loss and gradient; see `Criterion`."""
         scale = None if self.scale is None else self.scale[rows].unsqueeze(1)
         wanted = self.target[rows].unsqueeze(1)
-        if self.compiled:  # a number that is new in each update would make a new program of each
+        if self.compiled and len(logits) > 1:
+            # One row, a part of a larger tensor and a number that is new in each update would be programs of their own.
             factor = torch.full((), weight, device=logits.device)
-            return _compiled()(logits, wanted, self.smoothing, self.prior, scale, factor)
+            return _compiled()(logits, wanted.clone(), self.smoothing, self.prior, scale, factor)
         return _smoothed(logits, wanted, self.smoothing, self.prior, scale, weight)
 
     def parts(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -132,7 +132,7 @@ class Trainer:
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
         if self.facts["compiled"]:
-            self.model.compile_layers()
+            self._compile()
         with closing(self.gradients), closing(self.feed):
             self._run(show)
 
@@ -165,6 +165,13 @@ class Trainer:
             for number in self.ranks.share(range(len(upcoming))):
                 self.feed.expect(upcoming[number], step)
             yield batches
+
+    def _compile(self) -> None:
+        """Make the programs from the same examples whenever the run goes on: their bits follow from those."""
+        largest = self.first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
+        self.model.compile_layers()
+        for batch in (largest, largest.take(0, 1)):  # with one row some sums are another program
+            list(self.gradients.of([batch], 1.0, 0))
 
     def _check_lengths(self) -> None:
         """Refuse examples too long for the model."""
