@@ -492,9 +492,9 @@ def test_a_component_of_the_command_line():
 def test_the_sections_hold_exactly_the_keys_that_were_agreed():
     text = "tokenizer algorithm vocabulary shared max_source max_target too_long"
     train = (
-        "steps tokens checkpointing accumulate optimizer rate betas weight_decay warmup schedule clip label_smoothing "
-        "precision on_nan save_every keep validate_every valid_lines metric patience ema freeze average average_of "
-        "log_every tensorboard seed threads"
+        "steps tokens checkpointing compile accumulate optimizer rate betas weight_decay warmup schedule clip "
+        "label_smoothing precision on_nan save_every keep validate_every valid_lines metric patience ema freeze "
+        "average average_of log_every tensorboard seed threads"
     )
     assert " ".join(vars(recipe.Text())) == text
     assert " ".join(vars(recipe.Train())) == train
