@@ -201,7 +201,7 @@ def test_early_stopping_is_an_end(forks, recipe, tmp_path):
     stops = ("train.steps=1000", "train.patience=1", "train.validate_every=2", "train.rate=1e-9")
     first = forks("train", recipe, *SHORT, *stops, "--output", run)
     assert first.wait() == 0, first.stderr
-    assert re.search(r"stopped early, at update \d+: 1 validations without a better exact", first.stderr)
+    assert re.search(r"stopped early, at update \d+: 1 validation\(s\) without a better exact", first.stderr)
     before = fingerprint(run)
     times = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.name != "lock"}
     again = forks("train", recipe, *SHORT, *stops, "--output", run)

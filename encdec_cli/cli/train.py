@@ -123,7 +123,7 @@ def _run(trainer: Trainer, steps: int) -> None:
 
 def _early(trainer: Trainer) -> str:
     progress, train = trainer.progress, trainer.train
-    return f"stopped early, at update {progress.step}: {progress.stale} validations without a better {train.metric}"
+    return f"stopped early, at update {progress.step}: {progress.stale} validation(s) without a better {train.metric}"
 
 
 @contextmanager
