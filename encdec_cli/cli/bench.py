@@ -103,7 +103,7 @@ def _training(
     from encdec_cli.training.ceiling import matrix_ceiling
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.distributed import Ranks
-    from encdec_cli.training.machine import use_threads
+    from encdec_cli.training.machine import keep_freed, use_threads
     from encdec_cli.training.precision import choose
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
@@ -111,6 +111,7 @@ def _training(
 
     loaded, run = load(recipe, overrides, plugins=plugins), output or default_run(recipe)
     threads = use_threads(loaded.train.threads)
+    keep_freed()
     with locked(run), watched() as stop, tempfile.TemporaryDirectory(prefix="encdec-bench-") as scratch:
         check(loaded, run, False, Ranks(), console.say)
         data, _ = prepared_data(loaded, run, console.say, device)

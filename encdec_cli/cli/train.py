@@ -77,13 +77,14 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
     from encdec_cli.training.distributed import joined, shared_cores
-    from encdec_cli.training.machine import add_in_order, check_device, use_threads
+    from encdec_cli.training.machine import add_in_order, check_device, keep_freed, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
 
     check_device(device)
     add_in_order(device)
     use_threads(recipe.train.threads, shared_cores())
+    keep_freed()
     start = Bundle.load(init_from) if init_from else None
     with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 MUCH = 1 << 22
@@ -17,10 +18,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Measured with one thread on Zen 5, 640 rows, ms by torch / by oneDNN: 256 x 256 in fp32 0.87 / 0.38, in bf16
     # 0.19 / 0.19; 256 x 1024 3.6 / 1.6 and 0.81 / 0.81; 256 x 8000 28 / 13 and 8.2 / 6.2. For fp32 torch calls MKL,
     # which does not use the wide registers of processors of another maker.
-    if x.device.type == "cpu" and not torch.is_grad_enabled() and _ONEDNN is not None and _is_large(x, weight):
-        product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
-        return product
-    return F.linear(x, weight, bias)
+    if x.device.type != "cpu" or _ONEDNN is None or not _is_large(x, weight):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    if x.dtype != torch.float32:
+        return F.linear(x, weight, bias)
+    mapped: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return mapped
+
+
+class _Linear(torch.autograd.Function):
+    """The same with its gradients: each is a product that oneDNN computes as another linear map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        flat, outer_flat = x.reshape(-1, x.shape[-1]), outer.reshape(-1, outer.shape[-1])
+        by_x, by_weight, by_bias = ctx.needs_input_grad
+        return (
+            _product(outer, weight.t()) if by_x else None,
+            _transposed_product(outer_flat, flat) if by_weight else None,
+            outer_flat.sum(0) if by_bias else None,
+        )
+
+
+def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a^T b, [n, m], for a [rows, n] and b [rows, m]."""
+    # The first factor is copied to be transposed, the second is not: so it is the smaller one.
+    if a.shape[1] <= b.shape[1]:
+        return _product(a.t(), b.t())
+    return _product(b.t(), a.t()).t().contiguous()
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    return product
 
 
 def _is_large(x: Tensor, weight: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encdec_cli.errors import UsageError
-from encdec_cli.models.linear import Linear
+from encdec_cli.models.linear import Linear, linear
 from encdec_cli.recipe import Lora
 from encdec_cli.training.learning import matching
 
@@ -34,7 +34,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+        return linear(x, self.weight, self.bias) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
 
 
 def adapt(model: nn.Module, lora: Lora) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,13 @@ from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.training.objective import Objective
 
-_ATTENTION: dict[str, tuple[Callable[..., int], int]] = {
+
+def _linear_flops(x: Sequence[int], weight: Sequence[int]) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+_MISSING: dict[str, tuple[Callable[..., int], int]] = {
+    "mkldnn::_linear_pointwise": (_linear_flops, 2),
     "aten::_scaled_dot_product_flash_attention_for_cpu": (sdpa_flop_count, 3),
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (sdpa_backward_flop_count, 4),
 }
@@ -54,8 +61,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        elif func._schema.name in _ATTENTION:
-            formula, count = _ATTENTION[func._schema.name]
+        elif func._schema.name in _MISSING:
+            formula, count = _MISSING[func._schema.name]
             self.flops += formula(*(tensor.shape for tensor in args[:count]))
         return result
 

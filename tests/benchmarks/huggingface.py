@@ -39,26 +39,13 @@ def to_huggingface(bundle: Bundle) -> Any:
         "post": (MarianConfig, MarianMTModel),
     }
     make_config, make_model = kinds[config.norm_order]
-    theirs = make_model(
-        make_config(
-            vocab_size=len(bundle.target.vocabulary),
-            encoder_layers=config.encoder_layers,
-            decoder_layers=config.decoder_layers,
-            d_model=config.d_model,
-            encoder_attention_heads=config.heads,
-            decoder_attention_heads=config.heads,
-            encoder_ffn_dim=config.feed_forward,
-            decoder_ffn_dim=config.feed_forward,
-            activation_function=config.activation,
-            max_position_embeddings=POSITIONS,
-            scale_embedding=config.scale_embeddings,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-            decoder_start_token_id=BOS,
-            forced_eos_token_id=None,
-        )
-    )
+    sizes = (config.encoder_layers, config.d_model, config.heads, config.feed_forward)
+    changes = {
+        "decoder_layers": config.decoder_layers,
+        "activation_function": config.activation,
+        "scale_embedding": config.scale_embeddings,
+    }
+    theirs = make_model(make_config(**arguments(len(bundle.target.vocabulary), *sizes) | changes))
     expected = theirs.state_dict()
     weights = huggingface_weights(ours)
     missing = [name for name in expected if name not in weights and name != "final_logits_bias"]
@@ -67,6 +54,28 @@ def to_huggingface(bundle: Bundle) -> Any:
     theirs.load_state_dict({name: weights[name] for name in expected if name in weights}, strict=False)
     theirs.tie_weights()
     return theirs.eval()
+
+
+def arguments(vocabulary: int, layers: int, dim: int, heads: int, inner: int) -> dict[str, Any]:
+    """Return what a configuration of Pegasus or Marian wants to be told of a model of these sizes."""
+    return {
+        "vocab_size": vocabulary,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "d_model": dim,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": inner,
+        "decoder_ffn_dim": inner,
+        "activation_function": "relu",
+        "max_position_embeddings": POSITIONS,
+        "scale_embedding": True,
+        "pad_token_id": PAD,
+        "bos_token_id": BOS,
+        "eos_token_id": EOS,
+        "decoder_start_token_id": BOS,
+        "forced_eos_token_id": None,
+    }
 
 
 def huggingface_weights(ours: Transformer) -> dict[str, Tensor]:

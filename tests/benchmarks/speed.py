@@ -1,4 +1,4 @@
-"""Speed of training and of beam search against plain PyTorch: `python -m tests.benchmarks.speed`.
+"""Speed of beam search against plain PyTorch: `python -m tests.benchmarks.speed`; of training: see training.py.
 
 All variants see the same batches in turn, repetition after repetition, in one process; the table gives medians, the
 spread, and the ratio of our speed to that of each plain variant. On a machine that others use too, `--threads 1
@@ -20,22 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encdec_cli.data.batch import Batch, collate
-from encdec_cli.data.sampler import Sampler
+from encdec_cli.data.batch import collate
 from encdec_cli.data.store import Store
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import Limits
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.models.transformer import Transformer
-from encdec_cli.training.adam import Adam
-from encdec_cli.training.gradients import Gradients
-from encdec_cli.training.objective import CrossEntropy
-from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import choose
 
-from .plain import Cached, PlainTrainer, PlainTransformer, Uncached, beam_search
+from .plain import Cached, PlainTransformer, Uncached, beam_search
 
-LAYERS, DIM, HEADS, INNER, DROPOUT = 3, 256, 4, 1024, 0.1
+SIZES = {"small": (3, 256, 4, 1024), "base": (6, 512, 8, 2048)}
+"""Layers a side, width, heads and inner width."""
+DROPOUT = 0.1
 
 
 @dataclass
@@ -80,30 +77,19 @@ def prepared(folder: Path) -> Pairs:
     return Pairs(sources, targets, vocab)
 
 
-def batches_of(pairs: Pairs, tokens: int, count: int) -> list[tuple[Tensor, Tensor]]:
-    """Return `count` training batches (source, target) of at most `tokens` padded tokens a side."""
-    lengths = [np.array([len(x) for x in side]) for side in (pairs.sources, pairs.targets)]
-    batches = []
-    for rows in Sampler(lengths[0], lengths[1], tokens, "benchmark", 1).batches(0)[:count]:
-        batch = collate([pairs.sources[i] for i in rows], [pairs.targets[i] for i in rows], rows.tolist())
-        if batch.target is not None:
-            batches.append((batch.source, batch.target))
-    return batches
-
-
-def our_model(vocab: int) -> Transformer:
+def our_model(vocab: int, size: str = "small") -> Transformer:
     """Build our model with the sizes of the benchmark; the same weights every time."""
     torch.manual_seed(1)
-    sizes = {"encoder_layers": LAYERS, "decoder_layers": LAYERS, "d_model": DIM, "heads": HEADS, "feed_forward": INNER}
-    return Transformer(Transformer.Config(**sizes, dropout=DROPOUT), vocab, vocab)
+    layers, dim, heads, inner = SIZES[size]
+    return Transformer(Transformer.Config(layers, layers, dim, heads, inner, DROPOUT), vocab, vocab)
 
 
-def plain_model(vocab: int) -> PlainTransformer:
+def plain_model(vocab: int, size: str = "small") -> PlainTransformer:
     """Build the plain model with the weights of `our_model`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nn.Transformer speaks of nested tensors
-        plain = PlainTransformer(vocab, LAYERS, DIM, HEADS, INNER, DROPOUT)
-    plain.load_state_dict(plain.state_dict() | plain_weights(our_model(vocab).state_dict()))
+        plain = PlainTransformer(vocab, *SIZES[size], DROPOUT)
+    plain.load_state_dict(plain.state_dict() | plain_weights(our_model(vocab, size).state_dict()))
     return plain
 
 
@@ -132,71 +118,6 @@ def plain_weights(ours: dict[str, Tensor]) -> dict[str, Tensor]:
             module = "self_attn" if part == "attention" else "multihead_attn"
             plain[f"{layer}.{module}.{names[inner[0]]}{kind}"] = tensor
     return plain
-
-
-def target_tokens(batches: Sequence[tuple[Tensor, Tensor]]) -> int:
-    """Return the number of target tokens of all batches, EOS included."""
-    return sum(int((target[:, 1:] != 0).sum()) for _, target in batches)
-
-
-def our_training(
-    name: str, precision: str, batches: Sequence[tuple[Tensor, Tensor]], vocab: int, accumulate: int = 1
-) -> Variant:
-    """Return our training: the parts of one update as `encdec train` puts them together."""
-    model = our_model(vocab).train()
-    optimizer = Optimizer([(Adam(decoupled=False), model.named_parameters())])
-    choose(precision, "cpu").apply(model)
-    updates = [micro_batches(*pair, accumulate) for pair in batches]
-    gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)
-
-    def run() -> int:
-        for parts in updates:
-            tokens = sum(int((part.known_target[:, 1:] != 0).sum()) for part in parts)
-            for _, gradient in gradients.of(parts, 1 / tokens, seed=1):
-                optimizer.collect(gradient)
-            optimizer.clip(1.0)
-            optimizer.step(1e-4)
-        return target_tokens(batches)
-
-    return Variant(name, run, ours=True)
-
-
-def micro_batches(source: Tensor, target: Tensor, number: int) -> list[Batch]:
-    """Cut a batch into `number` batches of about as many rows, so that an update has the same tokens."""
-    parts = zip(source.tensor_split(number), target.tensor_split(number), strict=True)
-    return [Batch(some, others, list(range(len(some)))) for some, others in parts]
-
-
-def plain_training(
-    name: str, autocast: bool, same_dropout: bool, batches: Sequence[tuple[Tensor, Tensor]], vocab: int
-) -> Variant:
-    """Return plain PyTorch's training."""
-    model = plain_model(vocab)
-    if same_dropout:
-        model.drop_only_after_sublayers()
-    trainer = PlainTrainer(model, autocast)
-
-    def run() -> int:
-        for source, target in batches:
-            trainer.update(source, target)
-        return target_tokens(batches)
-
-    return Variant(name, run)
-
-
-def training_variants(pairs: Pairs, tokens: int, count: int) -> list[Variant]:
-    """Return every way of training, ours first."""
-    batches = batches_of(pairs, tokens, count)
-    common = (batches, pairs.vocab)
-    return [
-        our_training("ours, train.precision=auto", "auto", *common),
-        our_training("ours, train.accumulate=2", "auto", *common, accumulate=2),
-        our_training("ours, fp32", "fp32", *common),
-        plain_training("nn.Transformer, fp32", False, False, *common),
-        plain_training("nn.Transformer, autocast bf16", True, False, *common),
-        plain_training("nn.Transformer, fp32, our dropout sites", False, True, *common),
-        plain_training("nn.Transformer, autocast, our dropout sites", True, True, *common),
-    ]
 
 
 def generation_variants(pairs: Pairs, sentences: int, batch: int, beam: int) -> tuple[list[Variant], dict[str, list]]:
@@ -278,19 +199,16 @@ def equal_outputs(outputs: dict[str, list]) -> str:
 
 
 def main() -> None:
-    """Run both halves and print their tables."""
+    """Search with every variant in turn and print the table."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.speed", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder made by `encdec preprocess`; default: synthetic pairs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cpu-time", action="store_true", help="seconds of all threads in place of wall time")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=8000, help="of synthetic pairs")
-    parser.add_argument("--tokens", type=int, default=4096, help="of a training batch, padding included")
-    parser.add_argument("--batches", type=int, default=2, help="training batches of one repetition")
     parser.add_argument("--sentences", type=int, default=64, help="to generate in one repetition")
     parser.add_argument("--batch", type=int, default=64, help="sentences decoded together")
     parser.add_argument("--beam", type=int, default=5)
-    parser.add_argument("--only", choices=["training", "generation"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     pairs = prepared(options.data) if options.data else synthetic(10_000, options.vocabulary)
@@ -299,13 +217,9 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} threads, {'CPU' if options.cpu_time else 'wall'} time, "
         f"vocabulary {pairs.vocab}; auto is {choose('auto', 'cpu').name}"
     )
-    if options.only != "generation":
-        variants = training_variants(pairs, options.tokens, options.batches)
-        show("training", "tokens/s", variants, measure(variants, options.repetitions, clock))
-    if options.only != "training":
-        variants, outputs = generation_variants(pairs, options.sentences, options.batch, options.beam)
-        show(f"beam {options.beam}", "sent/s", variants, measure(variants, options.repetitions, clock))
-        print(equal_outputs(outputs))
+    variants, outputs = generation_variants(pairs, options.sentences, options.batch, options.beam)
+    show(f"beam {options.beam}", "sent/s", variants, measure(variants, options.repetitions, clock))
+    print(equal_outputs(outputs))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .plain import BOS, EOS, beam_search
-from .speed import equal_outputs, generation_variants, measure, our_model, plain_model, synthetic, training_variants
+from .speed import equal_outputs, generation_variants, our_model, plain_model, synthetic
+from .training_engines import micro_batches
 
 VOCAB = 60
 
@@ -70,24 +71,36 @@ def test_the_plain_search_with_a_huge_beam_is_exhaustive() -> None:
     assert lengths == {0, 1, 2, 3}
 
 
-def test_every_way_of_training_learns_from_the_same_tokens() -> None:
-    variants = training_variants(synthetic(8, VOCAB), tokens=200, count=1)
-    ticks = iter(range(100))
-    speeds = measure(variants, 1, lambda: float(next(ticks)))
-    assert len({values[0] for values in speeds.values()}) == 1
-
-
-@pytest.mark.slow
-def test_the_command_prints_a_table_for_each_half() -> None:
-    sizes = "--vocabulary 60 --tokens 200 --batches 1 --sentences 4 --batch 4 --beam 2 --repetitions 1"
+def run(module: str, options: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.speed", *sizes.split()],
+        [sys.executable, "-m", f"tests.benchmarks.{module}", *options.split()],
         cwd=Path(__file__).parent.parent.parent,
         text=True,
         capture_output=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "\ntraining\n" in done.stdout
-    assert "\nbeam 2\n" in done.stdout
-    assert "nn.Transformer, autocast bf16" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_command_prints_a_table_of_searches() -> None:
+    found = run("speed", "--vocabulary 60 --sentences 4 --batch 4 --beam 2 --repetitions 1")
+    assert "\nbeam 2\n" in found
+    assert "textbook cache, fp32" in found
+
+
+@pytest.mark.slow
+def test_every_tool_trains_on_the_same_tokens() -> None:
+    found = run("training", "--vocabulary 60 --pairs 24 --tokens 200 --repetitions 1 --cores 1")
+    tokens = sum(len(target) + 1 for target in synthetic(24, 60).targets)
+    assert f"24 pairs with {tokens} target tokens" in found
+    rows = [line.split("  ")[0] for line in found.splitlines()[2:]]
+    assert rows[:3] == ["encdec, bf16", "encdec, fp32", "nn.Transformer, fp32"]
+
+
+def test_an_epoch_of_each_loop_is_all_pairs_once() -> None:
+    pairs, seen = synthetic(30, VOCAB), []
+    for batch in micro_batches(pairs, 100, 1):
+        seen += [tuple(row[row != 0].tolist()) for row in batch.known_target]
+    assert sorted(seen) == sorted((BOS, *target.tolist(), EOS) for target in pairs.targets)
