@@ -1,17 +1,17 @@
 """One way of training in a process of its own, driven by training.py.
 
 It answers each line `run` on stdin, after one epoch over the same pairs, by one JSON object on stdout: wall seconds,
-CPU-seconds of all its threads, real target tokens (EOS counted), updates, and MiB of memory at its peak so far. Each
+CPU-seconds of all its threads, real target tokens (EOS counted), updates, and MiB of memory at its peak. Each
 tool makes, shuffles and pads its batches itself, in the time that is measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -30,6 +30,7 @@ from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.machine import keep_freed
+from encdec_cli.training.memory import peak_resident, reset_peak
 from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import choose
@@ -301,8 +302,10 @@ def main() -> None:
     for _ in sys.stdin:
         with redirect_stdout(sys.stderr):
             updates, (wall, cpu) = epoch(Clock())
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_resident() / 2**20
         answer = {"wall": wall, "cpu": cpu, "tokens": tokens, "updates": updates, "memory": peak}
+        gc.collect()
+        reset_peak()  # gives back what is free, since all the others wait with theirs
         print(json.dumps(answer), flush=True)
 
 
