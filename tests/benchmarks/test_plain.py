@@ -96,7 +96,7 @@ def test_every_tool_trains_on_the_same_tokens() -> None:
     tokens = sum(len(target) + 1 for target in synthetic(24, 60).targets)
     assert f"24 pairs with {tokens} target tokens" in found
     rows = [line.split("  ")[0] for line in found.splitlines()[2:]]
-    assert rows[:3] == ["encdec, bf16", "encdec, fp32", "nn.Transformer, fp32"]
+    assert rows[:3] == ["encdec, bf16", "encdec, fp32", "nn.Transformer, shuffled batches, fp32"]
 
 
 def test_an_epoch_of_each_loop_is_all_pairs_once() -> None:

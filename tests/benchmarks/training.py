@@ -85,7 +85,7 @@ def tools(precisions: str, sentences: int) -> list[Tool]:
     others = ["--sentences", str(sentences)]
     kinds = (("fp32", "fp32"), ("autocast bf16", "bf16"))
     for batches in ("shuffled", "sorted"):
-        called = "nn.Transformer" if batches == "shuffled" else "nn.Transformer, our batches"
+        called = f"nn.Transformer, {'our' if batches == 'sorted' else batches} batches"
         for kind, precision in kinds:
             words = ["plain", *others, "--precision", precision, "--batches", batches]
             rows.append(Tool(f"{called}, {kind}", words))
@@ -122,6 +122,7 @@ def main() -> None:
     add_options(parser)
     parser.add_argument("--precisions", default="bf16,fp32", help="of ours")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches that ours makes of an update")
+    parser.add_argument("--without", default="", help="parts of the names of tools to leave out, as JoeyNMT,shuffled")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="ratios of CPU-seconds in place of wall time")
     options = parser.parse_args()
@@ -129,6 +130,7 @@ def main() -> None:
     lengths = [torch.tensor([len(x) for x in side]).numpy() for side in (pairs.sources, pairs.targets)]
     updates = len(Sampler(lengths[0], lengths[1], options.tokens, "benchmark", 1))
     rows = tools(options.precisions, max(1, round(len(lengths[0]) / updates)))
+    rows = [row for row in rows if not any(part in row.name for part in filter(None, options.without.split(",")))]
     common = ["--size", options.size, "--pairs", str(options.pairs), "--tokens", str(options.tokens)]
     common += ["--cores", str(options.cores), "--vocabulary", str(options.vocabulary)]
     common += ["--data", str(options.data)] if options.data else []
