@@ -6,6 +6,7 @@ small operations, and threads wait for each other at the end of each.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -110,6 +111,7 @@ def _serve(decode: Decode, pipe: Connection, others: Sequence[Connection]) -> No
     for other in others:
         other.close()
     torch.set_num_threads(1)
+    _keep_memory()
     groups: SimpleQueue[bytes] = SimpleQueue()
     # It ends the process whatever the other thread is at.
     threading.Thread(target=_receive, args=(pipe, groups), daemon=True).start()
@@ -117,6 +119,15 @@ def _serve(decode: Decode, pipe: Connection, others: Sequence[Connection]) -> No
         jobs = [Job(**job) for job in json.loads(groups.get())]
         with suppress(BrokenPipeError, ConnectionResetError):
             pipe.send_bytes(json.dumps(_answer(decode, jobs)).encode())
+
+
+def _keep_memory() -> None:
+    """Let glibc, if it is that, keep what is freed: every step asks for the same again, and new pages cost a tenth."""
+    trim_threshold, mmap_threshold = -1, -3
+    with suppress(AttributeError, OSError):
+        library = ctypes.CDLL(None)
+        library.mallopt(mmap_threshold, 1 << 25)  # the most that it takes
+        library.mallopt(trim_threshold, 1 << 30)
 
 
 def _receive(pipe: Connection, groups: SimpleQueue[bytes]) -> None:

@@ -18,8 +18,8 @@ NormKind = Literal["layer", "rms"]
 NormOrder = Literal["pre", "post"]
 
 
-class LayerNorm(nn.LayerNorm):
-    """Division by the standard deviation of what is less its mean."""
+class FusedLayerNorm(nn.LayerNorm):
+    """LayerNorm in one pass where there is a kernel for it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., dim]."""
@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 def make_norm(kind: NormKind, dim: int, bias: bool) -> nn.Module:
     """Return LayerNorm (Ba et al. 2016, https://arxiv.org/abs/1607.06450) or RMSNorm over the last dimension."""
-    return LayerNorm(dim, bias=bias) if kind == "layer" else RMSNorm(dim)
+    return FusedLayerNorm(dim, bias=bias) if kind == "layer" else RMSNorm(dim)
 
 
 class FeedForward(nn.Module):
