@@ -133,7 +133,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
     """
     width = x.shape[-1]
     given = [one for one in (x, weight, bias) if one is not None]
-    if width % WIDTH or not x.is_contiguous() or not usable(*given):
+    if not usable(*given) or width % WIDTH or not x.is_contiguous():
         return None
     out = torch.empty_like(x)
     _call("norm", x, x, x.numel() // width, width, weight, bias, epsilon, centred, out)

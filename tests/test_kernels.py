@@ -64,6 +64,17 @@ def test_attention_is_its_formula_for_every_kind_of_mask(width, dtype):
 
 @compiled
 @torch.inference_mode()
+def test_masks_that_are_wider_than_they_look_and_dropout_are_left_to_torch():
+    query, key, value = torch.randn(3, 2, 2, 4, 32).unbind(0)
+    plain = attend(query, key, value)
+    torch.testing.assert_close(attend(query, key, value, torch.zeros(2, 1, 1, 1)), plain)
+    torch.testing.assert_close(attend(query, key, value, torch.zeros(1, 2, 4, 4)), plain)
+    torch.testing.assert_close(attend(query, key, value, torch.zeros(4, 2).T[:, None, None].expand(2, 1, 4, 4)), plain)
+    assert not torch.equal(attend(query, key, value, dropout=0.5), plain)
+
+
+@compiled
+@torch.inference_mode()
 def test_a_query_that_may_look_nowhere_looks_everywhere():
     query, key, value = torch.randn(3, 1, 1, 4, 32).unbind(0)
     found = kernels.attend(query, key, value, torch.full((1, 1, 4, 4), FAR))

@@ -49,7 +49,7 @@ def attend(
         mask = _bias(mask, query.dtype)
     if query.shape[2] == 1:
         causal = False
-    if _by_kernel(query, key, value, mask, causal):
+    if not dropout and _by_kernel(query, key, value, mask, causal):
         return kernels.attend(query, key, value, mask)
     if _by_matmul(query, key, value, dropout):
         return _matmul_attention(query, key, value, _with_causal(query, key, mask, causal), dropout)
@@ -70,7 +70,8 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
         return False
     if mask is None:
         return kernels.usable(query, key, value)
-    return mask.shape[1] == 1 and mask.stride(3) == 1 and kernels.usable(query, key, value, mask)
+    fits = mask.shape[1] == 1 and mask.shape[3] == key.shape[2] and mask.stride(3) == 1
+    return fits and kernels.usable(query, key, value, mask)
 
 
 def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
