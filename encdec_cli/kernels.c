@@ -82,6 +82,18 @@ INLINE float sum_of(floats x) {
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
+INLINE ints higher(ints x, ints y) {
+    ints first = x > y;
+    return (x & first) | (y & ~first);
+}
+
+INLINE int32_t highest_of(ints x) {
+    x = higher(x, SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = higher(x, SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    int32_t first = x[0] > x[1] ? x[0] : x[1], second = x[2] > x[3] ? x[2] : x[3];
+    return first > second ? first : second;
+}
+
 INLINE float largest_of(floats x) {
     x = larger(x, SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
     x = larger(x, SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
@@ -176,14 +188,9 @@ INLINE void quantise_row(const void *row, int64_t width, uint8_t *levels, float 
     ints most = (ints)all(1e-20f);
     for (int64_t i = 0; i < width; i += 32) {
         pair x = read_pair(row, i, half);
-        ints a = (ints)x.a & 0x7fffffff, b = (ints)x.b & 0x7fffffff;
-        ints more = a > b;
-        a = (a & more) | (b & ~more);
-        more = a > most;
-        most = (a & more) | (most & ~more);
+        most = higher(most, higher((ints)x.a & 0x7fffffff, (ints)x.b & 0x7fffffff));
     }
-    int32_t bits = most[0];
-    for (int i = 1; i < 16; i++) bits = most[i] > bits ? most[i] : bits;
+    int32_t bits = highest_of(most);
     float largest;
     memcpy(&largest, &bits, sizeof largest);
     float by = 127 / largest;

@@ -79,8 +79,10 @@ def usable(*tensors: Tensor) -> bool:
         return False
     if first.numel() > SMALL and torch.get_num_threads() > 1:
         return False
-    alike = all(type(one) in _PLAIN and one.device == first.device and one.dtype == first.dtype for one in tensors)
-    return alike and library() is not None
+    for one in tensors:
+        if type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu":
+            return False
+    return library() is not None
 
 
 def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +93,8 @@ def scan(logits: Tensor) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     normaliser = torch.empty(rows, dtype=torch.float32)
     maxima = torch.empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
-    _call("scan", logits, logits, rows, vocab, normaliser, maxima)
+    places = (normaliser.data_ptr(), maxima.data_ptr())
+    _call("scan", logits.data_ptr(), rows, vocab, *places, logits.dtype == torch.bfloat16)
     return normaliser, maxima
 
 
@@ -106,8 +109,10 @@ def candidates(
     sentences, beam = totals.shape
     values = torch.empty((sentences, k), dtype=torch.float32)
     parents, tokens = torch.empty((2, sentences, k), dtype=torch.int64).unbind(0)
-    scores = (logits, normaliser, maxima, totals.contiguous())
-    _call("candidates", logits, *scores, sentences, beam, logits.shape[1], k, values, parents, tokens)
+    totals = totals.contiguous()
+    given = [one.data_ptr() for one in (logits, normaliser, maxima, totals)]
+    places = [one.data_ptr() for one in (values, parents, tokens)]
+    _call("candidates", *given, sentences, beam, logits.shape[1], k, *places, logits.dtype == torch.bfloat16)
     return values, parents, tokens
 
 
@@ -116,14 +121,15 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 
     x: [rows, width], dense; width: a multiple of WIDTH.
     """
-    levels, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x), dtype=torch.float32)
-    _call("quantise", x, x, *x.shape, levels, scales)
+    levels, scales = torch.empty(x.shape, dtype=torch.uint8), torch.empty(x.shape[0], dtype=torch.float32)
+    _call("quantise", x.data_ptr(), *x.shape, levels.data_ptr(), scales.data_ptr(), x.dtype == torch.bfloat16)
     return levels, scales
 
 
 def rescale(x: Tensor, scales: Tensor, bias: Tensor | None) -> None:
     """Make x scales[:, None] + bias of x, which is as `quantise` takes it. scales: [rows] float32; bias: [width]."""
-    _call("rescale", x, x, *x.shape, scales, bias)
+    added = None if bias is None else bias.data_ptr()
+    _call("rescale", x.data_ptr(), *x.shape, scales.data_ptr(), added, x.dtype == torch.bfloat16)
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred: bool) -> Tensor | None:
@@ -132,11 +138,11 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
     weight, bias: [width].
     """
     width = x.shape[-1]
-    given = [one for one in (x, weight, bias) if one is not None]
-    if not usable(*given) or width % WIDTH or not x.is_contiguous():
+    if not (usable(x, weight) if bias is None else usable(x, weight, bias)) or width % WIDTH or not x.is_contiguous():
         return None
     out = torch.empty_like(x)
-    _call("norm", x, x, x.numel() // width, width, weight, bias, epsilon, centred, out)
+    given = (weight.data_ptr(), None if bias is None else bias.data_ptr(), epsilon, centred)
+    _call("norm", x.data_ptr(), x.numel() // width, width, *given, out.data_ptr(), x.dtype == torch.bfloat16)
     return out
 
 
@@ -153,13 +159,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
         setattr(sizes, name, tensor.stride()[:3])
     if bias is not None:
         sizes.bias = tuple(bias.stride(place) if bias.shape[place] > 1 else 0 for place in (0, 2))
-    _call("attend", query, query, key, value, bias, out, ctypes.byref(sizes))
+    given = (query.data_ptr(), key.data_ptr(), value.data_ptr(), None if bias is None else bias.data_ptr())
+    _call("attend", *given, out.data_ptr(), ctypes.byref(sizes), query.dtype == torch.bfloat16)
     return out.transpose(1, 2)
 
 
-def _call(name: str, like: Tensor, *arguments: object) -> None:
-    pointers = (one.data_ptr() if isinstance(one, Tensor) else one for one in arguments)
-    getattr(library(), name)(*pointers, like.dtype == torch.bfloat16)
+def _call(name: str, *arguments: object) -> None:
+    getattr(library(), name)(*arguments)
 
 
 def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
