@@ -284,12 +284,14 @@ struct attention {
 INLINE void mix(const void *query, const void *keys, const void *values, const int64_t *seen, const float *extra,
                 int64_t count, float *weights, void *out, const struct attention *z, int64_t width, int half) {
     float best = -INFINITY, scale = 1 / sqrtf((float)width);
+    pair q[width / 32];
+    for (int64_t i = 0; i < width / 32; i++) q[i] = read_pair(query, i * 32, half);
     for (int64_t j = 0; j < count; j++) {
         pair sum = {all(0), all(0)};
-        for (int64_t i = 0; i < width; i += 32) {
-            pair q = read_pair(query, i, half), k = read_pair(keys, seen[j] * z->key[2] + i, half);
-            sum.a += q.a * k.a;
-            sum.b += q.b * k.b;
+        for (int64_t i = 0; i < width / 32; i++) {
+            pair k = read_pair(keys, seen[j] * z->key[2] + i * 32, half);
+            sum.a += q[i].a * k.a;
+            sum.b += q[i].b * k.b;
         }
         weights[j] = sum_of(sum.a + sum.b) * scale + extra[j];
         best = weights[j] > best ? weights[j] : best;

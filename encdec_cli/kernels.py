@@ -34,7 +34,7 @@ WIDTH = 32
 """What rows are made of a multiple of."""
 MOST_CANDIDATES = 64
 """They are kept sorted by insertion."""
-MOST_KEYS = 1 << 14
+MOST_KEYS = 1 << 12
 """Weights of a query stand on the stack."""
 SMALL = 1 << 17
 """Numbers that one thread does in some 20 microseconds."""
