@@ -70,6 +70,13 @@ def write_file(path: Path, content: bytes) -> None:
             raise
 
 
+def cache_folder() -> Path:
+    """Return where things are kept that can be made again: `encdec` in $XDG_CACHE_HOME or ~/.cache."""
+    chosen = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification of XDG says that a relative path is to be ignored.
+    return (Path(chosen) if chosen.startswith("/") else Path.home() / ".cache") / "encdec"
+
+
 def json_bytes(value: Any) -> bytes:
     """Return `value` as JSON with sorted keys, so that equal values are equal bytes."""
     return (json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -68,7 +68,7 @@ def test_its_operations_are_counted():
 
 FAULTS = """
 import resource, torch
-from encdec_cli.training.machine import keep_freed
+from encdec_cli.allocator import keep_freed
 keep_freed()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -95,6 +95,7 @@ def _training(
 
     import torch
 
+    from encdec_cli.allocator import keep_freed
     from encdec_cli.bundle.run import default_run, locked
     from encdec_cli.cli import console
     from encdec_cli.recipe import load
@@ -103,7 +104,7 @@ def _training(
     from encdec_cli.training.ceiling import matrix_ceiling
     from encdec_cli.training.data import prepared_data
     from encdec_cli.training.distributed import Ranks
-    from encdec_cli.training.machine import keep_freed, use_threads
+    from encdec_cli.training.machine import use_threads
     from encdec_cli.training.precision import choose
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer

@@ -70,6 +70,7 @@ def train(
 
 def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = None, dry_run: bool = False) -> None:
     """Train in the folder of a run, from the start or from where it was stopped."""
+    from encdec_cli.allocator import keep_freed
     from encdec_cli.bundle.bundle import Bundle
     from encdec_cli.bundle.run import locked
     from encdec_cli.cli import console
@@ -77,7 +78,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
     from encdec_cli.training.distributed import joined, shared_cores
-    from encdec_cli.training.machine import add_in_order, check_device, keep_freed, use_threads
+    from encdec_cli.training.machine import add_in_order, check_device, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
 

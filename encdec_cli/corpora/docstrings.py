@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import distributions
 from pathlib import Path
 
-from encdec_cli.atomic import write_file
+from encdec_cli.atomic import cache_folder, write_file
 from encdec_cli.corpora.corpus import Corpus, known_split, share
 from encdec_cli.errors import DataError, ResourceError
 from encdec_cli.text.example import Example
@@ -68,7 +68,7 @@ class Docstrings(Corpus):
                 yield Example(source, target)
 
     def _pairs(self) -> list[tuple[str, str]]:
-        cache = _cache_folder() / f"docstrings-{self.fingerprint()[:24]}.json"
+        cache = cache_folder() / f"docstrings-{self.fingerprint()[:24]}.json"
         with contextlib.suppress(OSError, ValueError, TypeError):
             return [(str(source), str(target)) for source, target in json.loads(cache.read_bytes())]
         pairs = list(unique_pairs(_source_files(_roots(), self.packages)))
@@ -91,12 +91,6 @@ def split_of(source: str) -> str:
     if place < 500:
         return "test"
     return "valid" if place < 1000 else "train"
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification of XDG says that a relative path is to be ignored.
-    return (Path(chosen) if chosen.startswith("/") else Path.home() / ".cache") / "encdec"
 
 
 def _roots() -> list[Path]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-CHUNK = 64
-"""Tokens under one maximum; 64 floats are reduced fastest on a CPU."""
+from encdec_cli import kernels
+
+CHUNK = kernels.CHUNK
 BLOCK = 1 << 18
 """Logits normalised at a time on a CPU: one MiB of float32 stays in the cache."""
 IDS = (1 << 32) - 1
@@ -50,6 +51,8 @@ def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: [rows, vocab] of any float type; they are widened a block of rows at a time.
     """
+    if kernels.usable(logits):
+        return kernels.scan(logits)
     rows, vocab = logits.shape
     maxima = logits.new_empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
@@ -144,6 +147,9 @@ class Scores:
         """
         sentences, beam = totals.shape
         vocab, chunks = self.shape[1], self._maxima.shape[1]
+        most = min(k, beam * vocab)
+        if most <= kernels.MOST_CANDIDATES and kernels.usable(self._logits):
+            return Candidates(*kernels.candidates(self._logits, self._normaliser, self._maxima, totals, most))
         # The k best candidates are all in the k chunks with the best maxima, so only those are looked into.
         ceilings = totals[..., None] + (self._maxima - self._normaliser[:, None]).view(sentences, beam, chunks)
         order = torch.arange(beam * chunks, device=totals.device)
@@ -160,7 +166,7 @@ class Scores:
         candidates = pack(values, parent[..., None] * vocab + tokens)
         if vocab % CHUNK:
             candidates.masked_fill_(tokens >= vocab, NEVER)
-        best, ids = unpack(candidates.view(sentences, -1).topk(min(k, beam * vocab)).values)
+        best, ids = unpack(candidates.view(sentences, -1).topk(most).values)
         parents = ids // vocab
         return Candidates(best, parents, ids - parents * vocab)
 

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 import torch
 
+from encdec_cli.allocator import keep_freed
 from encdec_cli.decoding.hypothesis import Hypothesis
 from encdec_cli.errors import BundleError, DataError, EncdecError, ResourceError, UsageError
 from encdec_cli.generation.search import Job
@@ -110,6 +111,7 @@ def _serve(decode: Decode, pipe: Connection, others: Sequence[Connection]) -> No
     for other in others:
         other.close()
     torch.set_num_threads(1)
+    keep_freed()
     groups: SimpleQueue[bytes] = SimpleQueue()
     # It ends the process whatever the other thread is at.
     threading.Thread(target=_receive, args=(pipe, groups), daemon=True).start()

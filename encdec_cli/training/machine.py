@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-from contextlib import suppress
 
 import torch
 
 from encdec_cli.errors import UsageError
-
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Of GNU's malloc.h."""
-_ALWAYS = (1 << 31) - 1
 
 
 def use_threads(threads: int, processes: int = 1) -> int:
@@ -23,20 +17,6 @@ def use_threads(threads: int, processes: int = 1) -> int:
     threads = threads or max(1, available_cores() // processes)
     torch.set_num_threads(threads)
     return threads
-
-
-def keep_freed() -> None:
-    """Let this process keep the memory that it frees, where the C library is GNU's.
-
-    Else large tensors are given back to the system at once, and each new one costs a fault a page: measured, 5 to 7 %
-    of a training update in bf16, with the same memory at the peak.
-    """
-    with suppress(AttributeError, OSError):
-        library = ctypes.CDLL(None)
-        # An old library refuses the first; the others would then make it worse.
-        if library.mallopt(_MMAP_THRESHOLD, 1 << 30):
-            library.mallopt(_TRIM_THRESHOLD, _ALWAYS)
-            library.mallopt(_TOP_PAD, 1 << 26)
 
 
 def available_cores() -> int:

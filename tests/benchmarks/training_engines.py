@@ -24,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from encdec_cli.allocator import keep_freed
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.gradients import Gradients
-from encdec_cli.training.machine import keep_freed
 from encdec_cli.training.memory import peak_resident, reset_peak
 from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.optimizer import Optimizer
