@@ -17,6 +17,7 @@ import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -27,8 +28,8 @@ from encdec_cli.errors import ResourceError
 
 SOURCE = Path(__file__).with_suffix(".c")
 # Nothing that lets sums change their order: rows must not depend on how many there are.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
-CHUNK = 64
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w", "-DCHUNK=64")
+CHUNK = int(FLAGS[-1].split("=")[1])
 """Logits under one maximum."""
 WIDTH = 32
 """What rows are made of a multiple of."""
@@ -38,6 +39,7 @@ MOST_KEYS = 1 << 12
 """Weights of a query stand on the stack."""
 SMALL = 1 << 17
 """Numbers that one thread does in some 20 microseconds."""
+_ONE_AT_A_TIME = Lock()
 _PLAIN = (Tensor, Parameter)
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -51,6 +53,14 @@ class _Attention(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled functions; None where they cannot be compiled."""
+    with _ONE_AT_A_TIME:
+        try:
+            return _loaded()
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # no home, no room, no compiler …
+            return None
+
+
+def _loaded() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler:
         return None
@@ -58,7 +68,7 @@ def library() -> ctypes.CDLL | None:
     kept = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     with suppress(OSError):
         return _with_types(ctypes.CDLL(str(kept)))
-    with tempfile.TemporaryDirectory() as folder, suppress(OSError, subprocess.SubprocessError):
+    with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
         command = [*compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"]
         subprocess.run(command, check=True, timeout=120, stdin=subprocess.DEVNULL, capture_output=True)  # noqa: S603
@@ -66,13 +76,13 @@ def library() -> ctypes.CDLL | None:
         with suppress(ResourceError):  # then the next process compiles again
             write_file(kept, made.read_bytes())
         return found
-    return None
 
 
 def usable(*tensors: Tensor) -> bool:
     """Return whether the functions below take these tensors: on a CPU, of one type, without gradients.
 
-    They compute on one thread: where there are more, they take only what is not worth sharing out.
+    They compute on one thread: where there are more, they take only what is not worth sharing out. But for `attend`,
+    tensors must be contiguous, which is not asked here.
     """
     first = tensors[0]
     if first.device.type != "cpu" or torch.is_grad_enabled() or first.dtype not in _TYPES:
@@ -144,6 +154,18 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
     given = (weight.data_ptr(), None if bias is None else bias.data_ptr(), epsilon, centred)
     _call("norm", x.data_ptr(), x.numel() // width, width, *given, out.data_ptr(), x.dtype == torch.bfloat16)
     return out
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+    """Return whether `attend` takes these, which broadcast nothing but the bias."""
+    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or key.shape[2] > MOST_KEYS:
+        return False
+    if query.shape[3] % WIDTH or query.stride(3) + key.stride(3) + value.stride(3) != 3:
+        return False
+    if bias is None:
+        return usable(query, key, value)
+    fits = bias.dim() == 4 and bias.shape[1] == 1 and bias.shape[3] == key.shape[2] and bias.stride(3) == 1
+    return fits and usable(query, key, value, bias)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

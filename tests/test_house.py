@@ -31,11 +31,11 @@ LAYERS: dict[str, set[str]] = {
     "decoding": {"kernels", "models.model", "text.vocabulary"},
     "testing": {"models.model", "decoding"},
     "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
-    "generation": {"allocator", "text", "tasks", "data", "models.model", "decoding", "bundle"},
+    "generation": {"allocator", "kernels", "text", "tasks", "data", "models.model", "decoding", "bundle"},
     "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},
     "reranking": {"config", "text", "bundle", "generation", "evaluation"},
     "training": {
-        *("atomic", "config", "recipe", "text", "corpora", "tasks", "data", "models", "decoding"),
+        *("atomic", "kernels", "config", "recipe", "text", "corpora", "tasks", "data", "models", "decoding"),
         *("bundle", "generation", "evaluation", "reranking"),
     },
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from scripted import run
 
 from encdec_cli import kernels
 from encdec_cli.decoding.beam import Beam
-from encdec_cli.decoding.scorer import Scores
+from encdec_cli.decoding.scorer import Scores, normalise
 from encdec_cli.models.attention import attend
 from encdec_cli.models.layers import make_norm
 from encdec_cli.models.quantised import QuantisedLinear, supported
@@ -215,12 +216,53 @@ def test_what_is_compiled_is_kept_and_made_again_where_it_is_spoilt(monkeypatch,
     assert spoilt.read_bytes() == kept.read_bytes()
 
 
-@pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler -v"])
+@pytest.mark.parametrize("compiler", ["", "false", "no-such-compiler -v", "gcc 'unbalanced"])
 def test_a_compiler_that_does_not_work_is_none(monkeypatch, tmp_path, compiler):
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert kernels.library.__wrapped__() is None
     assert not list(tmp_path.iterdir())
+
+
+@compiled
+def test_without_a_home_torch_does_the_work(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(
+        Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory."))
+    )
+    assert kernels.library.__wrapped__() is None
+
+
+@compiled
+@TYPES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [3, 70])
+@torch.inference_mode()
+def test_what_is_no_number_shows(bad, place, dtype):
+    logits = torch.randn(4, 71).to(dtype)
+    logits[1, place] = bad
+    normaliser, maxima = kernels.scan(logits)
+    assert normaliser.isnan().tolist() == [False, True, False, False]
+    values, _, _ = kernels.candidates(logits, normaliser, maxima, torch.zeros(2, 2), 3)
+    assert values.isnan().all(1).tolist() == [True, False]
+    query, key, value = torch.randn(3, 2, 2, 4, 32).to(dtype).unbind(0)
+    key[0, 1, 2, 5] = torch.nan
+    found = attend(query, key, value).isnan()
+    assert found[0, 1].all()
+    assert not found[0, 0].any()
+    assert not found[1].any()
+
+
+@compiled
+@torch.inference_mode()
+def test_views_and_keys_that_broadcast_give_what_torch_gives(without):
+    layer, x = QuantisedLinear(torch.randn(64, 64), None), torch.randn(3, 4, 64)
+    logits, query, key = torch.randn(128, 5).T, torch.randn(2, 2, 4, 32), torch.randn(2, 1, 1, 3, 32)
+    work = [lambda: layer(x[:, -1]), lambda: normalise(logits), lambda: attend(query, *key)]
+    ours = [each() for each in work]
+    without()
+    for one, each in zip(ours, work, strict=True):
+        torch.testing.assert_close(one, each(), rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_needs_no_compiler(copy_run):

@@ -39,6 +39,7 @@ def facts(tmp_path_factory) -> dict:
     path.write_text("task: {name: translation}\ndata: {name: cldr}\n")
     return resume.facts(recipe.load(path), "hash", "fp32") | {
         "compiled": False,
+        "kernels": False,
         "versions": {"encdec": "1", "torch": "2", "my_model.py": "hash"},
     }
 

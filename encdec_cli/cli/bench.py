@@ -45,10 +45,11 @@ def bench(
     lines of its test split by every combination of beam, precision, batch and workers, and recommends the fastest
     setting whose score is at most --within points below the best.
     """
-    from encdec_cli.training.machine import check_device, use_threads
+    from encdec_cli.training.machine import add_in_order, check_device, use_threads
 
     beam_widths, batch_sizes = _numbers("--beams", beams, 1), _numbers("--batches", batches, 0)
     check_device(device)
+    add_in_order(device)
     use_threads(0)
     found: dict[str, Any] = {"machine": _machine(device)}
     if recipe is not None:

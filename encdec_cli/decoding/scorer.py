@@ -51,7 +51,7 @@ def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
 
     logits: [rows, vocab] of any float type; they are widened a block of rows at a time.
     """
-    if kernels.usable(logits):
+    if kernels.usable(logits) and logits.is_contiguous():
         return kernels.scan(logits)
     rows, vocab = logits.shape
     maxima = logits.new_empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
@@ -148,7 +148,8 @@ class Scores:
         sentences, beam = totals.shape
         vocab, chunks = self.shape[1], self._maxima.shape[1]
         most = min(k, beam * vocab)
-        if most <= kernels.MOST_CANDIDATES and kernels.usable(self._logits):
+        dense = self._logits.is_contiguous()
+        if most <= kernels.MOST_CANDIDATES and dense and kernels.usable(self._logits):
             return Candidates(*kernels.candidates(self._logits, self._normaliser, self._maxima, totals, most))
         # The k best candidates are all in the k chunks with the best maxima, so only those are looked into.
         ceilings = totals[..., None] + (self._maxima - self._normaliser[:, None]).view(sentences, beam, chunks)

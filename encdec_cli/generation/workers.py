@@ -19,6 +19,7 @@ from queue import SimpleQueue
 
 import torch
 
+from encdec_cli import kernels
 from encdec_cli.allocator import keep_freed
 from encdec_cli.decoding.hypothesis import Hypothesis
 from encdec_cli.errors import BundleError, DataError, EncdecError, ResourceError, UsageError
@@ -44,6 +45,7 @@ class Workers:
     """
 
     def __init__(self, decode: Decode, count: int) -> None:
+        kernels.library()  # compiled once, not by each of them
         context = multiprocessing.get_context("fork")
         self._pipes: list[Connection] = []
         self._processes = []

@@ -20,16 +20,20 @@ KERNEL_QUERIES = 40
 """Up to this many queries our own kernel is the fastest."""
 MANY_SCORES = 2**27
 """Above this many attention weights the memory to hold them matters more than speed."""
+SHARED_OUT = 2**22
+"""From this many multiplications on several threads are better than our kernel, which has one."""
 ROOM = 8
 """Stores of keys and values grow by this many positions."""
 
 
-def mask_bias(mask: Tensor, dtype: torch.dtype) -> Tensor | None:
+def mask_bias(mask: Tensor, dtype: torch.dtype, always: bool = False) -> Tensor | None:
     """Return what to add to attention scores [sentences, 1, 1, src_len] for mask [sentences, src_len].
 
-    None if nothing is masked. The number is finite: a row that may look nowhere looks everywhere, without NaN.
+    None if nothing is masked, unless it is `always` asked for. The number is finite: a row that may look nowhere looks
+    everywhere, without NaN.
     """
-    if mask.device.type == "cpu" and bool(mask.all()):  # on a GPU the question would cost a synchronisation
+    # On a GPU the question would cost a synchronisation.
+    if not always and mask.device.type == "cpu" and bool(mask.all()):
         return None
     return _bias(mask, dtype)[:, None, None, :]
 
@@ -67,13 +71,11 @@ def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, c
     # bf16 2.8 / 5.0, fp32 2.5 / 6.0; 128 of 40 3.3 / 3.8 and 4.8 / 6.1; 64 of 64 4.1 / 3.1 and 5.4 / 4.9.
     if query.device.type != "cpu":
         return False  # before shapes are asked for, which a compiler for a GPU would hold on to
-    few = query.shape[2] <= KERNEL_QUERIES and key.shape[2] <= kernels.MOST_KEYS
-    if causal or not few or query.shape[3] % kernels.WIDTH or query.stride(3) + key.stride(3) + value.stride(3) != 3:
+    if causal or query.shape[2] > KERNEL_QUERIES:
         return False
-    if mask is None:
-        return kernels.usable(query, key, value)
-    fits = mask.shape[1] == 1 and mask.shape[3] == key.shape[2] and mask.stride(3) == 1
-    return fits and kernels.usable(query, key, value, mask)
+    if query.numel() * key.shape[2] > SHARED_OUT and torch.get_num_threads() > 1:
+        return False
+    return kernels.can_attend(query, key, value, mask)
 
 
 def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:

@@ -33,18 +33,19 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        by_x, by_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
         return _product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        flat, outer_flat = x.reshape(-1, x.shape[-1]), outer.reshape(-1, outer.shape[-1])
+        outer_flat = outer.reshape(-1, outer.shape[-1])
         by_x, by_weight, by_bias = ctx.needs_input_grad
         return (
             _product(outer, weight.t()) if by_x else None,
-            _transposed_product(outer_flat, flat) if by_weight else None,
+            _transposed_product(outer_flat, x.reshape(-1, x.shape[-1])) if by_weight else None,
             outer_flat.sum(0) if by_bias else None,
         )
 

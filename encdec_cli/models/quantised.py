@@ -63,7 +63,8 @@ class QuantisedLinear(nn.Module):
 
     def _fits(self, x: Tensor) -> bool:
         alike = (x,) if self._bias is None else (x, self._bias)
-        return not (x.shape[1] % kernels.WIDTH or self._scale.shape[0] % kernels.WIDTH) and kernels.usable(*alike)
+        odd = x.shape[1] % kernels.WIDTH or self._scale.shape[0] % kernels.WIDTH or not x.is_contiguous()
+        return not odd and kernels.usable(*alike)
 
     def _multiply(self, unsigned: Tensor, dtype: torch.dtype) -> Tensor:
         products: Tensor = _ops().qlinear_pointwise(

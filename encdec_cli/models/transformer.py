@@ -269,7 +269,7 @@ class Transformer(Model):
         """Read source [sentences, src_len]; raise ValueError if it is longer than learned positions reach."""
         embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
         x = self._embed(source, embedding, self.source_positions, 0)
-        bias = mask_bias(mask, x.dtype)
+        bias = mask_bias(mask, x.dtype, self.compiled)
         for layer in self.encoder:
             x = self._encoder_layer(layer, x, bias)
         return Memory(self.encoder_norm(x), mask)
@@ -304,7 +304,7 @@ class Transformer(Model):
             ancestry=Ancestry(beam if beam <= SHARED_ROWS else 1),
             caches=[KeysValues() for _ in layers],
             sources=[layer.cross.read(memory.states) for layer in layers],
-            mask=mask_bias(memory.mask, memory.states.dtype),
+            mask=mask_bias(memory.mask, memory.states.dtype, self.compiled),
         )
 
     def decode(self, tokens: Tensor, state: TransformerState) -> Tensor:  # type: ignore[override]
@@ -327,6 +327,9 @@ class Transformer(Model):
 
     def compile_layers(self) -> None:
         """Compile what training does of a layer, for batches of any shape, once for all layers."""
+        from torch.fx.experimental import _config  # noqa: PLC0415 - it imports the compiler
+
+        _config.use_duck_shape = False  # or sizes that are equal in the first batch would have to be so in all
         self.compiled = True
         self._encode_whole = torch.compile(_encode_whole, dynamic=True)
         self._decode_whole = torch.compile(_decode_whole, dynamic=True)

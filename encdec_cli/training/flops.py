@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 
@@ -61,6 +62,15 @@ class Formula:
         return int((np.array(self.saved) @ features(rows, source, target, rows * target)).argmax())
 
 
+@contextmanager
+def _every_layer_kept(model: Model) -> Iterator[None]:
+    checkpointing, model.checkpointing = model.checkpointing, False
+    try:
+        yield
+    finally:
+        model.checkpointing = checkpointing
+
+
 def find(model: Model, smoothing: float, vocabularies: Sequence[int], device: str) -> Formula:
     """Return the formula that fits what loss and gradient of some tiny micro-batches take.
 
@@ -73,7 +83,6 @@ def find(model: Model, smoothing: float, vocabularies: Sequence[int], device: st
         device: the model's.
     """
     objective, learning = CrossEntropy(smoothing), [p for p in model.parameters() if p.requires_grad]
-    checkpointing, model.checkpointing = model.checkpointing, False
     rows, readings = [], []
     for lengths in (_SAMPLES[2], *_SAMPLES):  # the first time a model may make things that it keeps
         source, target = ([min(one, model.max_positions or one) for one in side] for side in lengths)
@@ -81,9 +90,9 @@ def find(model: Model, smoothing: float, vocabularies: Sequence[int], device: st
             [list(islice(cycle(range(4, vocabulary)), length - 1)) for length in side]
             for vocabulary, side in zip(vocabularies, (source, target), strict=True)
         ]
-        readings.append(read(model, objective, learning, collate(ids[0], ids[1], range(len(source))).to(device)))
+        with _every_layer_kept(model):
+            readings.append(read(model, objective, learning, collate(ids[0], ids[1], range(len(source))).to(device)))
         rows.append(features(len(source), max(source), max(target), sum(target)))
-    model.checkpointing = checkpointing
     return Formula(
         *(
             _solve(rows[1:], [each.flops for each in readings[1:]]),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from encdec_cli.data.sampler import Ints, Sampler
 from encdec_cli.training.memory import Forecast, Need
 from encdec_cli.training.trainer import Trainer
 
@@ -15,7 +14,7 @@ def need(trainer: Trainer, tokens: int = 0) -> Need:
     sampler = trainer.sampler_of(tokens) if tokens else trainer.sampler
     vocabulary = len(trainer.setting.data.target.vocabulary)
     parts = trainer.gradients, trainer.optimizer, trainer.train.accumulate
-    return Forecast(*parts, vocabulary, trainer.first).need(_largest(trainer, sampler))
+    return Forecast(*parts, vocabulary, trainer.first).need(trainer.largest(sampler))
 
 
 def try_largest(trainer: Trainer) -> tuple[int, int, int]:
@@ -25,7 +24,8 @@ def try_largest(trainer: Trainer) -> tuple[int, int, int]:
     raise.
     """
     gradients = trainer.gradients
-    largest = trainer.first(_largest(trainer, trainer.sampler))
+    trainer.compile()
+    largest = trainer.first(trainer.largest(trainer.sampler))
     list(gradients.of([largest] * gradients.workers, 1.0, 0))
     gradients.close()
     if trainer.ranks.first:
@@ -33,7 +33,3 @@ def try_largest(trainer: Trainer) -> tuple[int, int, int]:
     sides = trainer.model.parameters(), trainer.optimizer.parameters
     weights, learning = (sum(parameter.numel() for parameter in side) for side in sides)
     return weights, learning, len(trainer.sampler)
-
-
-def _largest(trainer: Trainer, sampler: Sampler) -> Ints:
-    return sampler.cut(trainer.formula.heaviest(sampler.shapes()))

@@ -75,7 +75,7 @@ def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
     flat = _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
     flat["teacher"] = facts_.get("teacher")
-    flat["compiled"] = facts_.get("compiled", False)
+    flat |= {"compiled": facts_.get("compiled", False), "kernels": facts_.get("kernels", False)}
     flat["processes"] = facts_.get("processes", 1)
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}
 

@@ -32,7 +32,7 @@ class Board:
     def add(self, line: Mapping[str, Any]) -> None:
         """Write a line that was just appended to the log. Raises ResourceError if the file cannot be written."""
         with atomic.disk_errors(self.folder):
-            if self._file is None:
+            if self._file is None or not self._file.exists():
                 self._file = self._begun()
                 return
             with self._file.open("ab") as file:
@@ -49,7 +49,7 @@ class Board:
         content += [_record(start + line["seconds"], line) for line in lines]
         atomic.write_file(path, b"".join(content))
         for old in self.folder.iterdir():
-            if old != path:
+            if old != path and old.name.startswith("events.out.tfevents."):
                 old.unlink()
         return path
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encdec_cli import atomic
+from encdec_cli import atomic, kernels
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
@@ -109,7 +109,7 @@ class Trainer:
         self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
-        self.facts["compiled"] = compiled
+        self.facts |= {"compiled": compiled, "kernels": kernels.library() is not None}
         if teacher := setting.recipe.teacher.model:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
@@ -131,10 +131,14 @@ class Trainer:
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
-        if self.facts["compiled"]:
-            self._compile()
-        with closing(self.gradients), closing(self.feed):
+        self.compile()
+        with closing(self):
             self._run(show)
+
+    def close(self) -> None:
+        """Let the threads end that compute and that read ahead."""
+        self.gradients.close()
+        self.feed.close()
 
     def _run(self, show: Show) -> None:
         self.setting.stop.at_once = False
@@ -142,7 +146,7 @@ class Trainer:
         if self.ranks.first:
             atomic.write_file(self.run_folder / FACTS, atomic.json_bytes(self.facts))
             self.account.clock(progress)  # what came before is paid for too, but is no part of the speed
-        updates = self._updates()
+        updates = self.updates()
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
@@ -158,17 +162,23 @@ class Trainer:
             if not over:
                 self.update(next(updates), show)
 
-    def _updates(self) -> Iterator[Sequence[Ints]]:
+    def updates(self) -> Iterator[Sequence[Ints]]:
         """Yield the micro-batches of each update from here on, after the feed is told those of the one after it."""
         updates = self.sampler.updates(self.progress.step, self.train.accumulate)
         for step, (batches, upcoming) in enumerate(pairwise(updates), self.progress.step + 2):
-            for number in self.ranks.share(range(len(upcoming))):
+            for number in self.ranks.share(range(len(upcoming))) if step <= self.train.steps else ():
                 self.feed.expect(upcoming[number], step)
             yield batches
 
-    def _compile(self) -> None:
-        """Make the programs from the same examples whenever the run goes on: their bits follow from those."""
-        largest = self.first(self.sampler.cut(self.formula.heaviest(self.sampler.shapes())))
+    def largest(self, sampler: Sampler) -> Ints:
+        """Return the examples of the micro-batch that keeps the most in memory."""
+        return sampler.cut(self.formula.heaviest(sampler.shapes()))
+
+    def compile(self) -> None:
+        """Compile, if the run is to; from the same examples whenever it goes on, since its bits follow from those."""
+        if not self.facts["compiled"] or self.model.compiled:
+            return
+        largest = self.first(self.largest(self.sampler))
         self.model.compile_layers()
         for batch in (largest, largest.take(0, 1)):  # with one row some sums are another program
             list(self.gradients.of([batch], 1.0, 0))

@@ -22,7 +22,8 @@ class Pace:
 def training_pace(trainer: Trainer, seconds: float) -> Pace:
     """Train for some seconds, at least two updates after one to warm up, and forget it with the trainer."""
     trainer.train = replace(trainer.train, log_every=sys.maxsize)  # no disk in what is measured
-    updates = trainer.sampler.updates(trainer.progress.step, trainer.train.accumulate)
+    trainer.compile()
+    updates = trainer.updates()
     trainer.update(next(updates), lambda *_: None)
     tokens, flops = trainer.progress.tokens, trainer.progress.flops
     begin, done = time.perf_counter(), 0
@@ -30,5 +31,5 @@ def training_pace(trainer: Trainer, seconds: float) -> Pace:
         trainer.update(next(updates), lambda *_: None)
         done += 1
     took = time.perf_counter() - begin
-    trainer.gradients.close()
+    trainer.close()
     return Pace((trainer.progress.tokens - tokens) / took, (trainer.progress.flops - flops) / took)

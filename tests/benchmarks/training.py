@@ -131,6 +131,8 @@ def main() -> None:
     updates = len(Sampler(lengths[0], lengths[1], options.tokens, "benchmark", 1))
     rows = tools(options.precisions, max(1, round(len(lengths[0]) / updates)))
     rows = [row for row in rows if not any(part in row.name for part in filter(None, options.without.split(",")))]
+    if not any(row.name.startswith("encdec") for row in rows):
+        parser.error("--without leaves out encdec, which all others are compared with")
     common = ["--size", options.size, "--pairs", str(options.pairs), "--tokens", str(options.tokens)]
     common += ["--cores", str(options.cores), "--vocabulary", str(options.vocabulary)]
     common += ["--data", str(options.data)] if options.data else []
