@@ -12,31 +12,27 @@ import torch
 from encdec_cli.training.largest import need
 from encdec_cli.training.machine import add_in_order
 from tests.conftest import copy_task, encdec, start
-from tests.trainers import ignore, trainer
+from tests.trainers import ignore, losses, trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA")
 
 BIGGER = ("model.d_model=256", "model.feed_forward=1024", "model.heads=4", "train.tokens=8192", "text.vocabulary=40")
 
 
-def losses(folder: Path, device: str, *overrides: str) -> list[float]:
-    found: list[float] = []
-    made = trainer(copy_task(folder / "corpus"), folder / f"run-{device}", *overrides, device=device)
-    made.run(lambda step, loss, tokens, best: found.append(loss))
-    return found
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "muon"])
 def test_the_losses_are_those_of_a_cpu(optimizer, tmp_path):
     options = ("model.dropout=0.0", "train.steps=20", "train.validate_every=0", f"train.optimizer={optimizer}")
-    assert losses(tmp_path, "cuda", *options) == pytest.approx(losses(tmp_path, "cpu", *options), rel=2e-3)
+    copies = copy_task(tmp_path / "corpus")
+    cpu, gpu = (losses(copies, tmp_path / device, *options, device=device) for device in ("cpu", "cuda"))
+    assert gpu == pytest.approx(cpu, rel=2e-3)
 
 
 @pytest.mark.parametrize("positions", ["sinusoidal", "rotary"])
 def test_compiled_layers_give_the_same_losses(positions, tmp_path):
     options = ("model.dropout=0.0", "train.steps=20", "train.validate_every=0", f"model.positions={positions}")
-    plain = losses(tmp_path / "plain", "cuda", *options)
-    compiled = losses(tmp_path / "compiled", "cuda", *options, "train.compile=true")
+    copies = copy_task(tmp_path / "corpus")
+    plain = losses(copies, tmp_path / "plain", *options, device="cuda")
+    compiled = losses(copies, tmp_path / "compiled", *options, "train.compile=true", device="cuda")
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 

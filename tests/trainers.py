@@ -21,5 +21,12 @@ def trainer(recipe: Path, run: Path, *overrides: str, say: Callable[[str], None]
     return Trainer(Setting(loaded, data, run, device, Stop(), say))
 
 
+def losses(recipe: Path, run: Path, *overrides: str, device: str = "cpu") -> list[float]:
+    """The loss of every update of a run."""
+    found: list[float] = []
+    trainer(recipe, run, *overrides, device=device).run(lambda step, loss, tokens, best: found.append(loss))
+    return found
+
+
 def ignore(step: int, loss: float, tokens: int, best: float | None) -> None:
     """Show nothing."""

@@ -34,7 +34,7 @@ def settle(setting: Setting) -> Setting:
         return _with(setting, before["recipe"]["train"]["tokens"])
     longest = setting.data.longest("train")
     trainer = Trainer(_with(setting, max(_FIRST, longest)))
-    with closing(trainer.gradients):
+    with closing(trainer):
         tokens = _largest(trainer, longest)
     del trainer
     gc.collect()  # it holds itself in circles, and its model counts twice

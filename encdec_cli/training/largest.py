@@ -27,7 +27,7 @@ def try_largest(trainer: Trainer) -> tuple[int, int, int]:
     trainer.compile()
     largest = trainer.first(trainer.largest(trainer.sampler))
     list(gradients.of([largest] * gradients.workers, 1.0, 0))
-    gradients.close()
+    trainer.close()
     if trainer.ranks.first:
         trainer.validation.try_longest(trainer.bundle)
     sides = trainer.model.parameters(), trainer.optimizer.parameters

@@ -13,28 +13,22 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from encdec_cli.data.batch import Batch, collate
-from encdec_cli.data.sampler import Sampler
-from encdec_cli.models.transformer import Transformer
+from encdec_cli.data.batch import Batch
 from encdec_cli.training import flops
-from encdec_cli.training.adam import Adam
 from encdec_cli.training.ceiling import matrix_ceiling
-from encdec_cli.training.gradients import Gradients
-from encdec_cli.training.objective import CrossEntropy
-from encdec_cli.training.optimizer import Optimizer
-from encdec_cli.training.precision import choose
 
-from .plain import PAD, PlainTransformer
+from .huggingface import arguments
+from .plain import PAD, PlainTrainer
+from .speed import DROPOUT, SIZES, our_model, plain_model, synthetic
+from .training_engines import SMOOTHING, micro_batches, our_update
 
 DEVICE = torch.device("cuda")
-SIZES = {"big": (6, 1024, 16, 4096), "base": (6, 512, 8, 2048), "small": (3, 256, 4, 1024)}
-DROPOUT = 0.1
 
 
 @dataclass
@@ -48,93 +42,54 @@ class Variant:
 
 def batches_of(tokens: int, count: int, vocab: int) -> list[Batch]:
     """Draw pairs of random ids, 27 +- 14 tokens, and return `count` batches of them on the GPU."""
-    random = np.random.default_rng(1)
-    lengths = random.normal(27, 14, 200 * count * tokens // 5000).round().clip(3, 100).astype(int)
-    others = (lengths + random.normal(0, 3, len(lengths))).round().clip(3, 100).astype(int)
-    batches = []
-    for rows in Sampler(others, lengths, tokens, "benchmark", 1).batches(0)[:count]:
-        sides = ([random.integers(4, vocab, side[i]) for i in rows] for side in (others, lengths))
-        batches.append(collate(*sides, rows.tolist()).to(DEVICE))
-    return batches
-
-
-def our_model(size: str, vocab: int) -> Transformer:
-    """Build our model; the same weights every time."""
-    layers, dim, heads, inner = SIZES[size]
-    torch.manual_seed(1)
-    sizes = {"encoder_layers": layers, "decoder_layers": layers, "d_model": dim, "heads": heads, "feed_forward": inner}
-    return Transformer(Transformer.Config(**sizes, dropout=DROPOUT), vocab, vocab).to(DEVICE)
+    pairs = synthetic(200 * count * tokens // 5000, vocab, 27, 14, 100)
+    return [batch.to(DEVICE) for batch in islice(micro_batches(pairs, tokens, 0), count)]
 
 
 def ours(name: str, size: str, vocab: int, compile_: bool) -> Variant:
-    """Return our training: the parts of one update as `encdec train` puts them together."""
-    model = our_model(size, vocab).train()
-    optimizer = Optimizer([(Adam(decoupled=False), model.named_parameters())])
-    choose("bf16", DEVICE).apply(model)
+    """Return our training, in bf16."""
+    model = our_model(vocab, size).to(DEVICE)
     if compile_:
         model.compile_layers()
-    gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), 1)
-
-    def update(batch: Batch) -> None:
-        tokens = int(batch.target_lengths.sum())
-        for _, gradient in gradients.of([batch], 1 / tokens, seed=1):
-            optimizer.collect(gradient)
-        optimizer.clip(1.0)
-        optimizer.step(1e-4)
-
-    return Variant(name, update)
+    _, update = our_update(model, "bf16", 1)
+    return Variant(name, lambda batch: update([batch]))
 
 
-def plain(name: str, model: nn.Module, logits: Callable[[Batch], Tensor]) -> Variant:
-    """Return a loop as a user writes it: autocast, whole logits, `nn.CrossEntropyLoss`, fused Adam."""
-    loss_of = nn.CrossEntropyLoss(label_smoothing=0.1, ignore_index=PAD)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, betas=(0.9, 0.98), fused=True)
-
-    def update(batch: Batch) -> float:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = loss_of(logits(batch).flatten(0, 1), batch.known_target[:, 1:].flatten())
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        return float(loss.detach())
-
-    return Variant(name, update)
+def plain(name: str, model: nn.Module) -> Variant:
+    """Return the plain loop round a model, with autocast."""
+    trainer = PlainTrainer(model.to(DEVICE), autocast=True)
+    return Variant(name, lambda batch: trainer.update(batch.source, batch.known_target))
 
 
 def transformer_loop(name: str, size: str, vocab: int, compile_: bool) -> Variant:
     """Return the plain loop round `nn.Transformer`."""
-    layers, dim, heads, inner = SIZES[size]
-    model: Any = PlainTransformer(vocab, layers, dim, heads, inner, DROPOUT).to(DEVICE).train()
+    model = plain_model(vocab, size)
     model.drop_only_after_sublayers()
-    call = torch.compile(model, dynamic=True) if compile_ else model
-    return plain(name, model, lambda batch: call(batch.source, batch.known_target[:, :-1]))
+    call: Any = torch.compile(model, dynamic=True) if compile_ else model
+    return plain(name, call)
 
 
 def marian_loop(name: str, size: str, vocab: int) -> Variant:
     """Return the plain loop round the Marian model of `transformers`."""
     from transformers import MarianConfig, MarianMTModel
 
-    layers, dim, heads, inner = SIZES[size]
-    one = {"layers": layers, "attention_heads": heads, "ffn_dim": inner}
-    shape = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in one.items()}
-    ids = {"pad_token_id": PAD, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 2}
-    rates = {"dropout": DROPOUT, "attention_dropout": 0.0, "activation_dropout": 0.0}
-    config = MarianConfig(vocab_size=vocab, d_model=dim, scale_embedding=True, **shape, **ids, **rates)
-    model: Any = MarianMTModel(config).to(DEVICE).train()
+    class Marian(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            rates = {"dropout": DROPOUT, "attention_dropout": 0.0, "activation_dropout": 0.0}
+            self.model: Any = MarianMTModel(MarianConfig(**arguments(vocab, *SIZES[size]), **rates))
 
-    def logits(batch: Batch) -> Tensor:
-        target = batch.known_target[:, :-1]
-        found: Tensor = model(
-            input_ids=batch.source,
-            attention_mask=batch.source_mask.long(),
-            decoder_input_ids=target,
-            decoder_attention_mask=(target != PAD).long(),
-            use_cache=False,
-        ).logits
-        return found
+        def forward(self, source: Tensor, target: Tensor) -> Tensor:
+            found: Tensor = self.model(
+                input_ids=source,
+                attention_mask=(source != PAD).long(),
+                decoder_input_ids=target,
+                decoder_attention_mask=(target != PAD).long(),
+                use_cache=False,
+            ).logits
+            return found
 
-    return plain(name, model, logits)
+    return plain(name, Marian())
 
 
 def measure(variants: Sequence[Variant], batches: Sequence[Batch], repetitions: int) -> dict[str, list[float]]:
@@ -162,7 +117,7 @@ def measure(variants: Sequence[Variant], batches: Sequence[Batch], repetitions: 
 
 def total_flops(size: str, vocab: int, batches: Sequence[Batch]) -> int:
     """Return the FLOPs of loss and gradient of all batches."""
-    formula = flops.find(our_model(size, vocab), 0.1, (vocab, vocab), str(DEVICE))
+    formula = flops.find(our_model(vocab, size).to(DEVICE), SMOOTHING, (vocab, vocab), str(DEVICE))
     shapes = [
         (*batch.source.shape, batch.known_target.shape[1] - 1, int(batch.target_lengths.sum())) for batch in batches
     ]

@@ -30,7 +30,7 @@ from encdec_cli.training.precision import choose
 
 from .plain import Cached, PlainTransformer, Uncached, beam_search
 
-SIZES = {"small": (3, 256, 4, 1024), "base": (6, 512, 8, 2048)}
+SIZES = {"small": (3, 256, 4, 1024), "base": (6, 512, 8, 2048), "big": (6, 1024, 16, 4096)}
 """Layers a side, width, heads and inner width."""
 DROPOUT = 0.1
 
@@ -54,11 +54,11 @@ class Variant:
     ours: bool = False
 
 
-def synthetic(examples: int, vocab: int) -> Pairs:
-    """Draw pairs of random ids whose lengths are those of short sentences, longer with longer."""
+def synthetic(examples: int, vocab: int, mean: int = 13, deviation: int = 5, longest: int = 40) -> Pairs:
+    """Draw pairs of random ids, longer with longer; unless told otherwise as long as short sentences."""
     random = np.random.default_rng(1)
-    lengths = random.normal(13, 5, examples).round().clip(3, 40).astype(int)
-    others = (lengths + random.normal(0, 2, examples)).round().clip(3, 40).astype(int)
+    lengths = random.normal(mean, deviation, examples).round().clip(3, longest).astype(int)
+    others = (lengths + random.normal(0, 2, examples)).round().clip(3, longest).astype(int)
 
     def ids(length: int) -> np.ndarray:
         return random.integers(4, vocab, length)

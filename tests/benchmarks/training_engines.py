@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from encdec_cli.allocator import keep_freed
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.sampler import Sampler
+from encdec_cli.models.transformer import Transformer
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.gradients import Gradients
@@ -66,10 +67,8 @@ def micro_batches(pairs: Pairs, tokens: int, epoch: int) -> Iterator[Batch]:
 def encdec(pairs: Pairs, options: argparse.Namespace) -> Epoch:
     """Return the parts of `encdec train` that an update goes through; `--accumulate` micro-batches an update."""
     keep_freed()
-    model = our_model(pairs.vocab, options.size).train()
-    optimizer = Optimizer([(Adam(decoupled=False, betas=BETAS), model.named_parameters())])
-    choose(options.precision, "cpu").apply(model)
-    gradients = Gradients(model, optimizer.parameters, CrossEntropy(SMOOTHING), options.accumulate)
+    model = our_model(pairs.vocab, options.size)
+    optimizer, update = our_update(model, options.precision, options.accumulate)
 
     def epoch(clock: Clock) -> tuple[int, tuple[float, float]]:
         before = optimizer.updates
@@ -84,14 +83,23 @@ def encdec(pairs: Pairs, options: argparse.Namespace) -> Epoch:
             update(waiting)
         return optimizer.updates - before, clock.stop()
 
+    return epoch
+
+
+def our_update(model: Transformer, precision: str, most: int) -> tuple[Optimizer, Callable[[list[Batch]], None]]:
+    """Return the optimizer of a model, and what `encdec train` does of an update of at most so many micro-batches."""
+    optimizer = Optimizer([(Adam(decoupled=False, betas=BETAS), model.named_parameters())])
+    choose(precision, optimizer.parameters[0].device).apply(model)
+    gradients = Gradients(model, optimizer.parameters, CrossEntropy(SMOOTHING), most)
+
     def update(parts: list[Batch]) -> None:
-        tokens = sum(int((part.known_target[:, 1:] != PAD).sum()) for part in parts)
+        tokens = sum(int(part.target_lengths.sum()) for part in parts)
         for _, gradient in gradients.of(parts, 1 / tokens, seed=optimizer.updates):
             optimizer.collect(gradient)
         optimizer.clip(CLIP)
         optimizer.step(RATE)
 
-    return epoch
+    return optimizer, update
 
 
 def plain(pairs: Pairs, options: argparse.Namespace) -> Epoch:

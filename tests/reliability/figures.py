@@ -21,7 +21,7 @@ from tests.reliability.bench import Bench
 from tests.reliability.crashes import Result
 from tests.test_memory import LIMITED
 from tests.test_nonfinite import SMALL, equal, masters, poisoned
-from tests.trainers import ignore, trainer
+from tests.trainers import ignore, losses, trainer
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
@@ -74,11 +74,9 @@ def memory(_: Bench) -> Iterator[Result]:
 
 def golden(bench: Bench) -> Iterator[Result]:
     """T25: the loss of each of the first updates is the stored one, to 1e-5."""
-    losses: list[float] = []
-    made = trainer(bench.recipe, bench.new(), *GOLDEN_RUN)
-    made.run(lambda step, loss, tokens, best: losses.append(loss))
     wanted = json.loads(GOLDEN.read_text())
-    for step, (found, stored) in enumerate(zip(losses, wanted, strict=True), 1):
+    seen = losses(bench.recipe, bench.new(), *GOLDEN_RUN)
+    for step, (found, stored) in enumerate(zip(seen, wanted, strict=True), 1):
         yield f"update {step}", None if abs(found / stored - 1) < 1e-5 else f"{found}, stored {stored}"
 
 
