@@ -124,10 +124,10 @@ class TinyGru(Model):
         return self.output(hidden)
 
 
-def tiny_transformer(vocab: int = 150, seed: int = 1) -> Transformer:
+def tiny_transformer(vocab: int = 150, seed: int = 1, dim: int = 16) -> Transformer:
     """Return a random Transformer whose outputs are neither endless nor all alike."""
     torch.manual_seed(seed)
-    config = Transformer.Config(encoder_layers=1, decoder_layers=2, d_model=16, heads=2, feed_forward=32)
+    config = Transformer.Config(encoder_layers=1, decoder_layers=2, d_model=dim, heads=2, feed_forward=32)
     model = Transformer(config, vocab, vocab)
     for parameter in model.parameters():
         if parameter.dim() == 2:

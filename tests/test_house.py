@@ -31,7 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "decoding": {"kernels", "models.model", "text.vocabulary"},
     "testing": {"models.model", "decoding"},
     "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
-    "generation": {"allocator", "kernels", "text", "tasks", "data", "models.model", "decoding", "bundle"},
+    "generation": {"allocator", "kernels", "text", "tasks", "data", "models", "decoding", "bundle"},
     "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},
     "reranking": {"config", "text", "bundle", "generation", "evaluation"},
     "training": {

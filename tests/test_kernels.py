@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from scripted import run
 
 from encdec_cli import kernels
-from encdec_cli.decoding.beam import Beam
-from encdec_cli.decoding.scorer import Scores, normalise
+from encdec_cli.decoding.beam import Beam, parted
+from encdec_cli.decoding.scorer import Candidates, Scores, normalise
 from encdec_cli.models.attention import attend
 from encdec_cli.models.layers import make_norm
-from encdec_cli.models.quantised import QuantisedLinear, supported
 from encdec_cli.models.transformer import Transformer
+from encdec_cli.text.vocabulary import EOS
 from tests.conftest import encdec
 
 compiled = pytest.mark.skipif(kernels.library() is None, reason="this machine has no C compiler")
@@ -94,6 +94,14 @@ def test_the_normaliser_and_the_maxima(vocab, dtype):
     torch.testing.assert_close(normaliser.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=2e-6)
     wanted = [logits[:, start : start + 64].amax(1).float() for start in range(0, vocab, 64)]
     assert torch.equal(maxima, torch.stack(wanted, 1))
+    banned = (0, vocab - 1, vocab // 2)
+    its_logits = logits.clone()
+    same, its_maxima = kernels.scan(its_logits, banned)
+    logits[:, banned] = -torch.inf
+    wanted = [logits[:, start : start + 64].amax(1).float() for start in range(0, vocab, 64)]
+    assert torch.equal(same, normaliser)
+    assert torch.equal(its_logits, logits)
+    assert torch.equal(its_maxima, torch.stack(wanted, 1))
 
 
 @compiled
@@ -117,38 +125,26 @@ def test_candidates_are_those_of_torch_in_the_same_order(sentences, beam, vocab,
 
 
 @compiled
-@TYPES
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 8), st.integers(0, 10**6))
 @torch.inference_mode()
-def test_levels_are_the_nearest_and_the_largest_is_127(dtype):
-    x = (torch.randn(9, 96, generator=torch.Generator().manual_seed(4)) * torch.logspace(-5, 5, 9)[:, None]).to(dtype)
-    x[3] = 0
-    levels, scales = kernels.quantise(x)
-    signed = levels.int() - 128
-    assert signed.abs().amax(1).tolist() == [127] * 3 + [0] + [127] * 5
-    error = (signed.double() * scales.double()[:, None] - x.double()).abs()
-    assert bool((error <= scales.double()[:, None] * 0.5001).all())
-    products = x.clone()
-    bias = torch.randn(96).to(dtype)
-    kernels.rescale(products, scales, bias)
-    close(products, x.double() * scales.double()[:, None] + bias.double(), dtype)
-
-
-@compiled
-@pytest.mark.skipif(not supported(), reason="this build of torch multiplies no 8-bit matrices")
-@TYPES
-@torch.inference_mode()
-def test_a_quantised_layer_is_that_of_torch_and_hides_no_nan(without, dtype):
-    torch.manual_seed(5)
-    layer = QuantisedLinear(torch.randn(96, 64).to(dtype), torch.randn(96).to(dtype))
-    x = torch.randn(2, 7, 64).to(dtype)
-    x[1, 2, 5] = torch.nan
-    found = layer(x)
-    without()
-    wanted = layer(x)
-    assert torch.equal(found.isnan(), wanted.isnan())
-    assert found[1, 2].isnan().all()
-    difference = (found - wanted).double().nan_to_num().norm() / wanted.double().nan_to_num().norm()
-    assert difference < (1e-6 if dtype == torch.float32 else 1e-2)
+def test_what_goes_on_and_what_ends_is_that_of_torch(slots, width, more, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shape = (slots, width + more)
+    totals = torch.randn(shape, generator=generator).sort(1, descending=True).values
+    totals = totals.where(torch.rand(shape, generator=generator) < 0.8, -torch.inf)
+    parents = torch.randint(0, width, shape, generator=generator)
+    tokens = torch.randint(EOS, EOS + 3, shape, generator=generator)
+    before = torch.randn((slots, width), generator=generator)
+    before[torch.rand(slots, generator=generator) < 0.3] = -torch.inf
+    best = Candidates(totals, parents, tokens)
+    found, ending, happened = parted(best, before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "library", lambda: None)
+        wanted, its_ending, its_happened = parted(best, before)
+    assert [bool(one) for one in happened] == its_happened
+    for one, other in zip((*vars(found).values(), ending), (*vars(wanted).values(), its_ending), strict=True):
+        assert torch.equal(one, other)
 
 
 @compiled
@@ -256,9 +252,8 @@ def test_what_is_no_number_shows(bad, place, dtype):
 @compiled
 @torch.inference_mode()
 def test_views_and_keys_that_broadcast_give_what_torch_gives(without):
-    layer, x = QuantisedLinear(torch.randn(64, 64), None), torch.randn(3, 4, 64)
     logits, query, key = torch.randn(128, 5).T, torch.randn(2, 2, 4, 32), torch.randn(2, 1, 1, 3, 32)
-    work = [lambda: layer(x[:, -1]), lambda: normalise(logits), lambda: attend(query, *key)]
+    work = [lambda: normalise(logits), lambda: attend(query, *key)]
     ours = [each() for each in work]
     without()
     for one, each in zip(ours, work, strict=True):

@@ -58,7 +58,7 @@ def distill(
     from encdec_cli.cli.evaluate import chosen_metrics
     from encdec_cli.cli.train import train_run
     from encdec_cli.errors import UsageError
-    from encdec_cli.models.quantised import supported
+    from encdec_cli.models.packed import int8_supported
     from encdec_cli.recipe import load
 
     recipe = load(student, overrides or [], plugins=plugin or [])
@@ -73,7 +73,7 @@ def distill(
         if run.resolve() in (path, *path.parents[:2]):  # a model of a run lies two folders below it
             raise UsageError(f"--output {run}: is the run of a teacher, {path}; choose another folder.")
     train_run(recipe, run, device)
-    small = "int8" if device == "cpu" and supported() else "bf16"
+    small = "int8" if device == "cpu" and int8_supported() else "bf16"
     models = [(teacher, "fp32"), (run, "fp32"), (run, small)]
     _print(_rows(models, examples, device, metrics), as_json)
 
@@ -131,13 +131,14 @@ def _rows(
     sizes: dict[Path, int] = {}
     for path, precision in models:
         bundle = load_bundles([path], device, [], precision)[0]
-        # In 8 bits weights are parameters no more.
-        size = sizes.setdefault(path, sum(parameter.numel() for parameter in bundle.model.parameters()))
+        if path not in sizes:  # packed weights are parameters no more
+            whole = load_bundles([path], device, [], packed=False)[0].model
+            sizes[path] = sum(parameter.numel() for parameter in whole.parameters())
         lines, rate = timed(bundle, Options(bundle.recipe.decoding.config), examples)
         outputs = Outputs(references=references, hypotheses=lines, baseline=baseline)
         scores = evaluate(metrics, outputs, Resampling()).scores
         first = rows[0].sentences_per_second if rows else rate
-        rows.append(_Row(str(path), size, precision, rate, rate / first, scores))
+        rows.append(_Row(str(path), sizes[path], precision, rate, rate / first, scores))
         baseline = baseline or lines
     return rows
 

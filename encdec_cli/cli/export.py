@@ -68,7 +68,7 @@ def export(
     load_plugins(plugin or [])
     exporter = _exporter(to, quantize)
     model = model_or_default(model)
-    bundle = load_bundles([model], "cpu", plugin or [])[0]
+    bundle = load_bundles([model], "cpu", plugin or [], packed=False)[0]
     folder = output or Path(f"{_name(model)}-{to}")
     try:
         agreement = write(exporter, bundle, folder, _probe(bundle, probe) if check else None)

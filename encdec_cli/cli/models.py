@@ -23,11 +23,13 @@ def model_or_default(named: Path | None) -> Path:
     return path
 
 
-def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32") -> list[Bundle]:
-    """Load the named models, or the default one."""
+def load_bundles(
+    named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32", packed: bool = True
+) -> list[Bundle]:
+    """Load the named models, or the default one; `packed` for decoding alone."""
     from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.cli import console
-    from encdec_cli.models.quantised import quantise
+    from encdec_cli.models.packed import pack
     from encdec_cli.registry import load_plugins
     from encdec_cli.training.machine import check_device, use_threads
     from encdec_cli.training.precision import choose
@@ -44,17 +46,16 @@ def load_bundles(named: Sequence[Path], device: str, plugins: Sequence[Path], pr
         _check_int8(device)
     dtype = choose("auto" if quantised else precision, device).dtype
     bundles = [Bundle.load(path, device, dtype) for path in paths]
-    if quantised:
-        for bundle in bundles:
-            quantise(bundle.model)
+    for bundle in bundles if packed else ():
+        pack(bundle.model, quantised)
     return bundles
 
 
 def _check_int8(device: str) -> None:
     from encdec_cli.errors import UsageError
-    from encdec_cli.models.quantised import supported
+    from encdec_cli.models.packed import int8_supported
 
-    if device != "cpu" or not supported():
+    if device != "cpu" or not int8_supported():
         raise UsageError("--precision int8: this torch multiplies 8-bit matrices on no such device; use bf16 or auto.")
 
 

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from encdec_cli import kernels
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.frontier import Frontier
 from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, rank
@@ -100,18 +101,10 @@ class Beam(Strategy):
 
     def _advance(self, frontier: Frontier, totals: Tensor, best: Candidates) -> Tensor:
         """Collect what ends and let the rest go on; return the new totals [slots, width]."""
-        ends = best.tokens == EOS
-        ending = (ends & (best.totals > -torch.inf))[:, : frontier.width]
-        going = unfinished(best, ends, frontier.width)
-        stuck = (going.totals[:, 0] == -torch.inf) & (totals[:, 0] > -torch.inf)
-        home = torch.arange(frontier.width, device=totals.device)
-        # The one place where the search waits for the device, if `stop` is `first`.
-        any_ending, any_stuck, any_moved = torch.stack(
-            (ending.any(), stuck.any(), (going.parents != home).any())
-        ).tolist()
+        going, ending, (any_ending, any_stuck, any_moved) = parted(best, totals)
         ended = self._finish(frontier, best, ending) if any_ending else []
         retired = self._satisfied(frontier, ended, going.totals)
-        over = frontier.full() + (stuck.nonzero().flatten().tolist() if any_stuck else [])
+        over = frontier.full() + (_stuck(going, totals).nonzero().flatten().tolist() if any_stuck else [])
         for slot in dict.fromkeys(over):
             if slot not in retired:
                 self._cut(frontier, slot, totals[slot], best.parents[slot, : frontier.width][ending[slot]])
@@ -167,6 +160,33 @@ class Beam(Strategy):
         """Return what the log-probability of an output of this length is divided by."""
         base = length if self.normalization == "power" else (5 + length) / 6
         return float(base**self.length_penalty)
+
+
+def parted(best: Candidates, totals: Tensor) -> tuple[Candidates, Tensor, list[bool]]:
+    """Return what goes on, what ends of the first `width` [slots, width], and what happened.
+
+    That is: whether any ends, whether nothing is left to a slot that had something, whether a row changes its place.
+    totals: [slots, width], those so far.
+    """
+    width, columns = totals.shape[1], (best.totals, best.parents, best.tokens)
+    if (
+        best.totals.shape[1] >= width
+        and kernels.usable(best.totals, totals)
+        and all(one.is_contiguous() for one in (*columns, totals))
+    ):
+        found, ending, bits = kernels.part(columns, totals, width, EOS)
+        return Candidates(*found), ending, [bool(bits & bit) for bit in (1, 2, 4)]
+    ends = best.tokens == EOS
+    ending = (ends & (best.totals > -torch.inf))[:, :width]
+    going = unfinished(best, ends, width)
+    moved = going.parents != torch.arange(width, device=totals.device)
+    # The one place where the search waits for the device, if `stop` is `first`.
+    return going, ending, torch.stack((ending.any(), _stuck(going, totals).any(), moved.any())).tolist()
+
+
+def _stuck(going: Candidates, totals: Tensor) -> Tensor:
+    """Return which slots have nothing to go on with, though they had something: [slots] bool."""
+    return (going.totals[:, 0] == -torch.inf) & (totals[:, 0] > -torch.inf)
 
 
 def unfinished(best: Candidates, ends: Tensor, width: int) -> Candidates:

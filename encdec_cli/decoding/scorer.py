@@ -46,13 +46,14 @@ def chunk_maxima(logits: Tensor, out: Tensor) -> None:
         out[:, whole] = logits[:, whole * CHUNK :].amax(-1)
 
 
-def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
+def normalise(logits: Tensor, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     """Return log of the sum of exponentials [rows] and the chunk maxima [rows, chunks], both float32.
 
+    In between, banned tokens become -inf.
     logits: [rows, vocab] of any float type; they are widened a block of rows at a time.
     """
     if kernels.usable(logits) and logits.is_contiguous():
-        return kernels.scan(logits)
+        return kernels.scan(logits, banned)
     rows, vocab = logits.shape
     maxima = logits.new_empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
     normaliser = logits.new_empty(rows, dtype=torch.float32)
@@ -63,7 +64,21 @@ def normalise(logits: Tensor) -> tuple[Tensor, Tensor]:
         chunk_maxima(wide, maxima[part])
         # The best token's probability is exp(highest) / sum; softmax is a third faster on a CPU than exp and sum.
         normaliser[part] = maxima[part].amax(-1) - wide.softmax(-1).amax(-1).log_()
+    ban(logits, maxima, banned)
     return normaliser, maxima
+
+
+def ban(logits: Tensor, maxima: Tensor, banned: Sequence[int]) -> None:
+    """Make the logits [rows, vocab] of some tokens -inf, and mend the chunk maxima [rows, chunks]."""
+    for token in banned:
+        logits[:, token] = -torch.inf
+    refresh(logits, maxima, banned)
+
+
+def refresh(logits: Tensor, maxima: Tensor, tokens: Sequence[int]) -> None:
+    """Compute the maxima [rows, chunks] of the chunks of these tokens anew."""
+    for chunk in sorted({token // CHUNK for token in tokens}):
+        maxima[:, chunk] = logits[:, chunk * CHUNK : (chunk + 1) * CHUNK].amax(-1)
 
 
 @dataclass
@@ -107,11 +122,9 @@ class Scores:
             self._normaliser = logits.new_zeros(logits.shape[0], dtype=torch.float32)
             self._maxima = logits.new_empty((logits.shape[0], -(-logits.shape[1] // CHUNK)), dtype=torch.float32)
             chunk_maxima(logits, self._maxima)
+            ban(logits, self._maxima, banned)
         else:
-            self._normaliser, self._maxima = normalise(logits)
-        for token in banned:
-            logits[:, token] = -torch.inf
-        self._refresh(banned)
+            self._normaliser, self._maxima = normalise(logits, banned)
 
     @property
     def shape(self) -> torch.Size:
@@ -121,7 +134,7 @@ class Scores:
     def forbid(self, token: int, rows: Tensor) -> None:
         """Take a token from the candidates of some rows. rows: [rows] bool."""
         self._logits[:, token].masked_fill_(rows, -torch.inf)
-        self._refresh([token])
+        refresh(self._logits, self._maxima, [token])
 
     def log_probs(self) -> Tensor:
         """Return a new [rows, vocab] float32; banned tokens are -inf."""
@@ -170,8 +183,3 @@ class Scores:
         best, ids = unpack(candidates.view(sentences, -1).topk(most).values)
         parents = ids // vocab
         return Candidates(best, parents, ids - parents * vocab)
-
-    def _refresh(self, tokens: Sequence[int]) -> None:
-        for chunk in sorted({token // CHUNK for token in tokens}):
-            part = self._logits[:, chunk * CHUNK : (chunk + 1) * CHUNK]
-            self._maxima[:, chunk] = part.amax(-1)

@@ -18,6 +18,7 @@ from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, length_
 from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
 from encdec_cli.generation.rules import RuleBook
 from encdec_cli.models.model import Model
+from encdec_cli.models.packed import pack
 from encdec_cli.text.example import Example
 
 
@@ -95,6 +96,7 @@ class Search:
         path = strategy.helper()
         if path is not None:
             self.helper = load_alike("draft", path, bundles[0]).model
+            pack(self.helper)
             batches = [collate([[]], None, [0]) for _ in bundles]
             self._stepper(batches, 1, NEVER_WRITTEN)  # a state that cannot be cropped is told of here, once
 

@@ -6,6 +6,7 @@ small operations, and threads wait for each other at the end of each.
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -46,6 +47,8 @@ class Workers:
 
     def __init__(self, decode: Decode, count: int) -> None:
         kernels.library()  # compiled once, not by each of them
+        # What was loaded stays: a search for garbage need not look at it, nor copy its pages into every process.
+        gc.freeze()
         context = multiprocessing.get_context("fork")
         self._pipes: list[Connection] = []
         self._processes = []

@@ -139,7 +139,7 @@ class Ancestry:
         self.room = 0
         """Positions that the stores have room for; always as many as there are while gradients are recorded."""
         self._bias: Tensor | None = None
-        """What to add to attention scores, [rows, beam x room]; None while each row is alone in its store."""
+        """What to add to attention scores, [rows, beam x room]; [1, room] where each row is alone in its store."""
 
     def extend(self, new: int, like: Tensor) -> Tensor | None:
         """Add `new` positions for every row; return the bias of their queries, [sentences, 1, beam x new, beam x room].
@@ -152,8 +152,11 @@ class Ancestry:
             self.room = self.length
         elif self.length > self.room:
             self.room = -(-self.length // ROOM) * ROOM
+        if self.beam == 1 and start == 0:
+            return None
         if self.beam == 1:
-            return None if start == 0 else _causal_bias(new, self.length, self.room, like)
+            one = new == 1 and not torch.is_grad_enabled()
+            return self._opened(like) if one else _causal_bias(new, self.length, self.room, like)
         rows = torch.arange(len(like), device=like.device) % self.beam
         owners = torch.arange(self.beam, device=like.device).repeat(new)  # position after position
         own = owners == rows[:, None]  # [rows, new x beam]
@@ -171,7 +174,7 @@ class Ancestry:
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue row rows[i]."""
-        if self._bias is not None:
+        if self._bias is not None and self.beam > 1:
             self._bias = self._bias.index_select(0, rows)
 
     def crop(self, length: int) -> None:
@@ -179,6 +182,13 @@ class Ancestry:
         self.length = min(self.length, length)
         if self._bias is not None:
             self._bias[:, self.length * self.beam :] = _least(self._bias.dtype)
+
+    def _opened(self, like: Tensor) -> Tensor:
+        """Return the bias of the last position of every row, [1, 1, 1, room], in which it is new."""
+        if self._bias is None or self._bias.shape[1] != self.room:
+            self._bias = _causal_bias(1, self.length, self.room, like)[0, 0]
+        self._bias[:, : self.length] = 0
+        return self._bias[None, None]
 
     def _widened(self, start: int, like: Tensor) -> Tensor:
         """Return the bias of the `start` positions so far, as wide as the room."""
@@ -221,12 +231,25 @@ class KeysValues:
             old = (store[:, :, :start] for store in self.stores)
             self.stores = tuple(torch.cat(pair, dim=2) for pair in zip(old, (keys, values), strict=True))
         else:
-            if self.stores[0].shape[2] != room or not self._own:
-                self._make_room(start, room)
-            for store, new in zip(self.stores, (keys, values), strict=True):
+            stores = self.reserve(start, room, (len(keys), keys.shape[1], keys.shape[3]), keys)
+            for store, new in zip(stores, (keys, values), strict=True):
                 store[:, :, start:end] = new
         all_keys, all_values = self.stores
         return all_keys, all_values
+
+    def reserve(self, used: int, room: int, shape: tuple[int, int, int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stores, `room` long, for who writes what comes after the `used` positions so far.
+
+        shape: [sentences, heads, head_dim]; like: for type and device.
+        """
+        if used == 0:
+            sentences, heads, width = shape
+            self.stores = tuple(like.new_zeros((sentences, heads, room, width)) for _ in range(2))
+            self._own = True
+        elif self.stores[0].shape[2] != room or not self._own:
+            self._make_room(used, room)
+        keys, values = self.stores
+        return keys, values
 
     def keep(self, sentences: Tensor) -> None:
         """Let the stores of these sentences (or rows) stay, in this order; they are copied. [n] int64."""

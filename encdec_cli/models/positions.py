@@ -12,21 +12,26 @@ class Table:
     Not a buffer on purpose: it is no weight, and a cast of the model to bf16 and back must not wear it down.
     """
 
-    def __init__(self, angles: Tensor) -> None:
+    def __init__(self, angles: Tensor, dim: int) -> None:
         self.angles = angles
+        self.dim = dim
+        """Where sines and cosines are stacked: 1, or 2 for those of an angle side by side."""
         self.rows: Tensor | None = None
 
     def get(self, end: int, like: Tensor) -> Tensor:
-        """Return the sines and cosines [2, end, angles] of the positions 0 to end - 1, as `like` is stored."""
+        """Return the sines and cosines of the positions 0 to end - 1, [end, 2, angles] or [end, angles, 2].
+
+        like: for type and device.
+        """
         rows = self.rows
-        if rows is None or rows.shape[1] < end or rows.dtype != like.dtype or rows.device != like.device:
+        if rows is None or len(rows) < end or rows.dtype != like.dtype or rows.device != like.device:
             # Tensors made under inference_mode could not serve a later training step.
             with torch.inference_mode(False), torch.no_grad():
                 places = torch.arange(max(64, 2 * end), dtype=torch.float64)
                 turns = places[:, None] * self.angles
-                rows = torch.stack((turns.sin(), turns.cos())).to(like.device, like.dtype)
+                rows = torch.stack((turns.sin(), turns.cos()), self.dim).to(like.device, like.dtype)
             self.rows = rows
-        return rows[:, :end]
+        return rows[:end]
 
 
 def frequencies(count: int) -> Tensor:
@@ -42,13 +47,12 @@ class Sinusoidal(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self._table = Table(frequencies(dim // 2))
+        self._table = Table(frequencies(dim // 2), 2)
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Add to x [rows, len, dim] the positions from `start` on; even columns are sines, odd ones cosines."""
         end = start + x.shape[1]
-        rows = self._table.get(end, x)[:, start:]
-        return x + rows.permute(1, 2, 0).flatten(1)
+        return x + self._table.get(end, x)[start:].flatten(1)
 
 
 class Learned(nn.Embedding):
@@ -77,11 +81,15 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self._table = Table(frequencies(head_dim // 2))
+        self._table = Table(frequencies(head_dim // 2), 1)
+
+    def turns(self, start: int, end: int, like: Tensor) -> Tensor:
+        """Return the sines and cosines of some positions, [end - start, 2, head_dim / 2], as `like` is stored."""
+        return self._table.get(end, like)[start:]
 
     def forward(self, x: Tensor, start: int = 0) -> Tensor:
         """Turn x [rows, heads, len, head_dim], whose first position is `start`."""
         end = start + x.shape[2]
-        sines, cosines = self._table.get(end, x)[:, start:]
+        sines, cosines = self.turns(start, end, x).unbind(1)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)

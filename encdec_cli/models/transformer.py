@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from encdec_cli.kernels import layer as kernel
 from encdec_cli.models.attention import Ancestry, CrossAttention, KeysValues, SelfAttention, mask_bias
 from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import Dropout
+from encdec_cli.models.fusing import kernel_of
 from encdec_cli.models.layers import Activation, FeedForward, NormKind, NormOrder, Residual, make_norm
 from encdec_cli.models.linear import Linear, linear
 from encdec_cli.models.model import Memory, Model
@@ -44,9 +46,22 @@ class EncoderLayer(nn.Module):
         self.attention_residual = _residual(config)
         self.feed_forward = _feed_forward(config)
         self.feed_forward_residual = _residual(config)
+        self._kernel: kernel.EncoderLayer | None = None
+        """What computes all of it at once, if there is a kernel that does."""
+
+    def fuse(self) -> None:
+        """Take a kernel for all of the layer, now that its weights no longer change, if there is one for its sizes."""
+        maps = {"joined": self.attention.joined, "output": self.attention.output}
+        residuals = (self.attention_residual, self.attention_residual, self.feed_forward_residual)
+        self._kernel = kernel_of(kernel.EncoderLayer, self.attention.heads, maps, self.feed_forward, residuals)
 
     def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
-        """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it."""
+        """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it.
+
+        Where a kernel does it, in the place of x.
+        """
+        if self._kernel is not None and self._kernel.takes(x, mask):
+            return self._kernel(x, mask, None if rotary is None else rotary.turns(0, x.shape[1], x))
         x = self.attention_residual(x, lambda y: self.attention(y, mask, rotary=rotary))
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return output
@@ -63,6 +78,27 @@ class DecoderLayer(nn.Module):
         self.cross_residual = _residual(config)
         self.feed_forward = _feed_forward(config)
         self.feed_forward_residual = _residual(config)
+        self._kernel: kernel.DecoderLayer | None = None
+        """What computes all of it for one new token of every row, if there is a kernel that does."""
+
+    def fuse(self) -> None:
+        """Take a kernel for all of the layer, now that its weights no longer change, if there is one for its sizes."""
+        own, cross, inner = self.attention, self.cross, self.feed_forward
+        maps = {"joined": own.joined, "output": own.output, "query": cross.query, "cross_output": cross.output}
+        residuals = (self.attention_residual, self.cross_residual, self.feed_forward_residual)
+        self._kernel = kernel_of(kernel.DecoderLayer, own.heads, maps, inner, residuals)
+
+    def _at_once(
+        self, x: Tensor, state: TransformerState, layer: int, rotary: Rotary | None, mask: Tensor | None
+    ) -> Tensor | None:
+        """Return what `forward` does of one new token, by the kernel; None if it does not take this."""
+        cache, ancestry, sources = state.caches[layer], state.ancestry, state.sources[layer]
+        beam, place, room = ancestry.beam, ancestry.length - 1, ancestry.room * ancestry.beam
+        if self._kernel is None or not self._kernel.takes(x, sources, room):
+            return None
+        keys, values = cache.reserve(place * beam, room, (len(x) // beam, *sources[0].shape[1::2]), x)
+        turns = None if rotary is None else rotary.turns(place, place + 1, x)
+        return self._kernel(x, kernel.Written(keys, values, place * beam, beam, mask, turns), sources, state.mask)
 
     def forward(
         self,
@@ -78,6 +114,8 @@ class DecoderLayer(nn.Module):
         mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
         [rows, heads, new, src_len].
         """
+        if x.shape[1] == 1 and seen is None and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
+            return found
         cache, ancestry = state.caches[layer], state.ancestry
         keys, values = state.sources[layer]
 

@@ -21,9 +21,9 @@ def matrix_ceiling(dtype: torch.dtype, device: torch.device, seconds: float = _S
     """Return the FLOPs a second of a large product of matrices of `dtype` (int8: operations), the best of many."""
     side = _SIDE.get(device.type, _SIDE["cpu"])
     if dtype == torch.int8:
-        from encdec_cli.models.quantised import QuantisedLinear  # noqa: PLC0415 - for `encdec bench` alone
+        from encdec_cli.models.packed import quantised  # noqa: PLC0415 - for `encdec bench` alone
 
-        layer, x = QuantisedLinear(torch.rand(side, side), None), torch.rand(side, side)
+        layer, x = quantised(torch.rand(side, side), None), torch.rand(side, side)
         return 2 * side**3 / _best(lambda: layer(x), device, seconds)
     a, b = (torch.rand(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)

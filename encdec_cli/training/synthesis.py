@@ -19,6 +19,7 @@ from encdec_cli.corpora.synthetic import Synthetic
 from encdec_cli.decoding.hypothesis import Strategy
 from encdec_cli.generation.flags import flags
 from encdec_cli.generation.lines import Generated, Options, first_text
+from encdec_cli.models.packed import pack
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import strategies
 from encdec_cli.reranking.reranker import decode
@@ -73,6 +74,8 @@ def check_writers(recipe: Recipe, run: Path) -> None:
 
 def _write_rest(corpus: Synthetic, folder: Path, device: str, say: Callable[[str], None]) -> None:
     bundles = [Bundle.load(path, device) for path in corpus.models]
+    for bundle in bundles:
+        pack(bundle.model)
     strategy: Strategy = bundles[0].recipe.decoding.config
     if corpus.strategy:
         strategy = parse_component(corpus.strategy, strategies, "data.strategy", bundles[0].recipe.decoding)

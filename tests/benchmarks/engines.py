@@ -7,6 +7,7 @@ text to text, the outputs, and their tokens.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -58,9 +59,14 @@ def ours(options: argparse.Namespace) -> Run:
     torch.set_num_threads(options.cores)
     strategy = Beam(beam=options.beam, length_penalty=LENGTH_PENALTY)
     settings = Options(strategy, batch=options.batch, workers=options.cores)
+    given: list[Sequence[str]] = []
+    # One long search, as of one long file: the workers stay, like the threads of the other engines.
+    windows = iter(lambda: [Example(line) for line in given.pop()], None)
+    found = generate([bundle], windows, settings)
 
     def run(lines: Sequence[str]) -> tuple[list[str], int]:
-        results = list(generate([bundle], [[Example(line) for line in lines]], settings))
+        given.append(lines)
+        results = list(itertools.islice(found, len(lines)))
         tokens = sum(len(result.candidates[0].token_scores) - 1 for result in results if result.candidates)
         return [result.candidates[0].text if result.candidates else "" for result in results], tokens
 

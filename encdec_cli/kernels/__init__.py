@@ -1,0 +1,148 @@
+"""Inner loops of decoding in C, for CPUs; `build` compiles them.
+
+Where there is no compiler, or it fails, every function here is left aside by its callers, which then do the same with
+torch's operators in two to four times the time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from encdec_cli.kernels.build import CHUNK as CHUNK
+from encdec_cli.kernels.build import function
+from encdec_cli.kernels.build import library as library
+
+WIDTH = 32
+"""What rows are made of a multiple of."""
+MOST_CANDIDATES = 64
+"""They are kept sorted by insertion."""
+MOST_KEYS = 1 << 12
+"""Weights of a query stand on the stack."""
+SMALL = 1 << 17
+"""Numbers that one thread does in some 20 microseconds."""
+_PLAIN = (Tensor, Parameter)
+_TYPES = (torch.float32, torch.bfloat16)
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("sentences", "heads", "queries", "keys", "width")) + tuple(
+        (name, ctypes.c_int64 * count) for name, count in (("query", 3), ("key", 3), ("value", 3), ("bias", 2))
+    )
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Return whether the functions below take these tensors: on a CPU, of one type, without gradients.
+
+    They compute on one thread: where there are more, they take only what is not worth sharing out. But for `attend`,
+    tensors must be contiguous, which is not asked here.
+    """
+    first = tensors[0]
+    if first.device.type != "cpu" or torch.is_grad_enabled() or first.dtype not in _TYPES:
+        return False
+    if first.numel() > SMALL and torch.get_num_threads() > 1:
+        return False
+    for one in tensors:
+        if type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu":
+            return False
+    return library() is not None
+
+
+def scan(logits: Tensor, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """Return the log of the sum of exponentials [rows] and the maximum of each CHUNK of tokens, both float32.
+
+    Banned tokens become -inf in between. logits: [rows, vocab], dense.
+    """
+    rows, vocab = logits.shape
+    normaliser = torch.empty(rows, dtype=torch.float32)
+    maxima = torch.empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
+    bans = (ctypes.c_int64 * len(banned))(*banned)
+    places = (normaliser.data_ptr(), maxima.data_ptr(), ctypes.addressof(bans), len(banned))
+    function("scan")(logits.data_ptr(), rows, vocab, *places, logits.dtype == torch.bfloat16)
+    return normaliser, maxima
+
+
+def candidates(
+    logits: Tensor, normaliser: Tensor, maxima: Tensor, totals: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the totals, rows and tokens of each sentence's k best continuations, best first, [sentences, k] each.
+
+    Equal ones: lowest row first, then lowest token. logits, normaliser, maxima: as `scan` takes and gives them;
+    totals: [sentences, beam] float32; k: at most MOST_CANDIDATES and beam x vocab.
+    """
+    sentences, beam = totals.shape
+    values = torch.empty((sentences, k), dtype=torch.float32)
+    parents, tokens = torch.empty((2, sentences, k), dtype=torch.int64).unbind(0)
+    totals = totals.contiguous()
+    given = [one.data_ptr() for one in (logits, normaliser, maxima, totals)]
+    places = [one.data_ptr() for one in (values, parents, tokens)]
+    function("candidates")(*given, sentences, beam, logits.shape[1], k, *places, logits.dtype == torch.bfloat16)
+    return values, parents, tokens
+
+
+def part(
+    best: tuple[Tensor, Tensor, Tensor], before: Tensor, width: int, eos: int
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, int]:
+    """Return what goes on of the best continuations, what ends, and what happened, as bits.
+
+    best: totals, rows and tokens as `candidates` gives them; before: totals so far [slots, width]. What goes on is the
+    first `width` of each slot that do not end, [slots, width] each; what ends, [slots, width] bool, is looked for
+    among the first `width`. Bits: 1 if any ends, 2 if nothing is left to a slot that had something, 4 if a row
+    changes its place.
+    """
+    slots, k = best[0].shape
+    totals = torch.empty((slots, width), dtype=torch.float32)
+    parents, tokens = torch.empty((2, slots, width), dtype=torch.int64).unbind(0)
+    ending = torch.empty((slots, width), dtype=torch.bool)
+    given = [one.data_ptr() for one in (*best, before)]
+    places = [one.data_ptr() for one in (totals, parents, tokens, ending)]
+    found: int = function("part")(*given, slots, k, width, eos, *places, False)
+    return (totals, parents, tokens), ending, found
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred: bool) -> Tensor | None:
+    """Return LayerNorm (`centred`) or RMSNorm of x [..., width]; None if `usable` or a shape says no.
+
+    weight, bias: [width].
+    """
+    width = x.shape[-1]
+    if not (usable(x, weight) if bias is None else usable(x, weight, bias)) or width % WIDTH or not x.is_contiguous():
+        return None
+    out = torch.empty_like(x)
+    given = (weight.data_ptr(), None if bias is None else bias.data_ptr(), epsilon, centred)
+    function("norm")(x.data_ptr(), x.numel() // width, width, *given, out.data_ptr(), x.dtype == torch.bfloat16)
+    return out
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+    """Return whether `attend` takes these, which broadcast nothing but the bias."""
+    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or key.shape[2] > MOST_KEYS:
+        return False
+    if query.shape[3] % WIDTH or query.stride(3) + key.stride(3) + value.stride(3) != 3:
+        return False
+    if bias is None:
+        return usable(query, key, value)
+    fits = bias.dim() == 4 and bias.shape[1] == 1 and bias.shape[3] == key.shape[2] and bias.stride(3) == 1
+    return fits and usable(query, key, value, bias)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """Return softmax(query key^T / sqrt(head_dim) + bias) value, [rows, heads, queries, head_dim].
+
+    query, key, value: [rows, heads, places, head_dim], the last dimension dense and a multiple of WIDTH; at most
+    MOST_KEYS keys. bias: [rows or 1, 1, queries or 1, keys]; keys where it is below -1e37 are not looked at.
+    """
+    rows, heads, queries, width = query.shape
+    out = query.new_empty((rows, queries, heads, width))
+    sizes = _Attention(rows, heads, queries, key.shape[2], width)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        setattr(sizes, name, tensor.stride()[:3])
+    if bias is not None:
+        sizes.bias = tuple(bias.stride(place) if bias.shape[place] > 1 else 0 for place in (0, 2))
+    given = (query.data_ptr(), key.data_ptr(), value.data_ptr(), None if bias is None else bias.data_ptr())
+    function("attend")(*given, out.data_ptr(), ctypes.byref(sizes), query.dtype == torch.bfloat16)
+    return out.transpose(1, 2)

@@ -1,0 +1,92 @@
+"""The C functions of this folder, compiled by the machine's own compiler at their first use.
+
+The compiler is `cc`, or what the environment variable CC names; an empty CC asks for none. What is compiled is kept in
+the user's cache folder, under a digest of all that decides it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from encdec_cli.atomic import cache_folder, write_file
+from encdec_cli.errors import ResourceError
+
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+# Nothing that lets sums change their order: rows must not depend on how many there are.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w", "-DCHUNK=64")
+CHUNK = int(FLAGS[-1].split("=")[1])
+"""Logits under one maximum."""
+_ONE_AT_A_TIME = Lock()
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled functions; None where they cannot be compiled."""
+    with _ONE_AT_A_TIME:
+        try:
+            return _loaded()
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError):  # no home, no room, no compiler …
+            return None
+
+
+@cache
+def function(name: str) -> Any:
+    """Return one of the compiled functions, where there are any."""
+    return getattr(library(), name)
+
+
+def _loaded() -> ctypes.CDLL | None:
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    if not compiler:
+        return None
+    facts = [*(source.read_text() for source in SOURCES), *FLAGS, *compiler, platform.machine(), _processor()]
+    kept = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
+    with suppress(OSError):
+        return _with_types(ctypes.CDLL(str(kept)))
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / kept.name
+        written = [str(source) for source in SOURCES if source.suffix == ".c"]
+        command = [*compiler, *FLAGS, *written, "-o", str(made), "-lm"]
+        subprocess.run(command, check=True, timeout=120, stdin=subprocess.DEVNULL, capture_output=True)  # noqa: S603
+        found = _with_types(ctypes.CDLL(str(made)))
+        with suppress(ResourceError):  # then the next process compiles again
+            write_file(kept, made.read_bytes())
+        return found
+
+
+def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    for name, types in {
+        "scan": [pointer, number, number, pointer, pointer, pointer, number],
+        "part": [pointer] * 4 + [number] * 4 + [pointer] * 4,
+        "candidates": [pointer] * 4 + [number] * 4 + [pointer] * 3,
+        "product": [pointer, number, pointer, pointer, pointer, number, number, flag],
+        "decoder_layer": [pointer, pointer],
+        "encoder_layer": [pointer, pointer],
+        "norm": [pointer, number, number, pointer, pointer, ctypes.c_float, flag, pointer],
+        "attend": [pointer] * 6,
+    }.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = [*types, flag], None  # type: ignore[misc]
+    found.has_product.argtypes, found.has_product.restype = [number], flag
+    found.part.restype = flag
+    return found
+
+
+def _processor() -> str:
+    """Return what tells processors apart for a compiler; machines may share a home."""
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n")
+        return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return platform.processor()

@@ -1,0 +1,74 @@
+/* The inner loops of decoding that torch's operators do in many passes: see __init__.py.
+ *
+ * Numbers are float or bfloat16 (`bf16`). Every row is computed apart from all others, in one order, so it has the same
+ * bits in every batch.
+ */
+#pragma once
+#include <stdint.h>
+
+/* Shapes and strides, in elements, of a call of `attend`; the last dimension of every tensor is dense. */
+struct attention {
+    int64_t sentences, heads, queries, keys, width;
+    int64_t query[3], key[3], value[3]; /* of sentences, heads, places */
+    int64_t bias[2];                    /* of sentences, queries */
+};
+
+/* A matrix [outputs, inputs] by which rows are multiplied: its kind, and its numbers as `product` reads them. */
+enum { FLOATS, BFLOATS, LEVELS };
+struct matrix {
+    int64_t kind, depth, outputs, panels; /* depth: the bytes of a row over 4; panels: of 64 outputs */
+    const void *weights;    /* [panels, depth, 64, 4 bytes] */
+    const float *bias;      /* [panels x 64], or NULL */
+    const float *scales;    /* of LEVELS: what one of 127 levels stands for, for each output */
+    const int32_t *offsets; /* of LEVELS: 128 times the sum of the levels, for each output */
+};
+
+int has_product(int64_t kind);
+
+/* To out [rows, outputs] x [rows, inputs] times the matrix, plus its bias, not below 0 if `relu`, plus `added` (of out's
+ * shape, or NULL), for the outputs of the panels from `first` to before `last`. x, added and out: of FLOATS float, of
+ * BFLOATS bfloat16, of LEVELS either, and then each row of x is rounded to 127 levels of its largest number. */
+void product(const void *x, int64_t rows, const struct matrix *m, const void *added, void *out, int64_t first,
+             int64_t last, int relu, int bf16);
+
+void norm(const void *x, int64_t rows, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
+          void *out, int bf16);
+void attend(const void *query, const void *keys, const void *values, const void *bias, void *out,
+            const struct attention *z, int bf16);
+
+struct norm {
+    const void *weight, *bias; /* bias: NULL for none */
+    float epsilon;
+    int32_t centred;
+};
+
+/* A layer of a decoder, or of an encoder, which has no norms[1], query and cross_output; heads x width is its dim. */
+enum { RELU, GELU, SWIGLU };
+struct layer {
+    int64_t heads, width, feed_forward, activation, pre; /* pre: each part begins with its norm; else it ends with it */
+    struct norm norms[3];
+    struct matrix joined, output, query, cross_output, inner, outer;
+};
+
+/* A new token of every row. */
+struct step {
+    int64_t rows;
+    void *x;       /* [rows, dim]: read and written */
+    void *scratch; /* [rows, 2 dim + the most of 3 dim and what `inner` gives] */
+
+    /* Of a decoder: */
+    int64_t beam, room, place; /* `beam` rows have a store together, with so much room, written from `place` on */
+    void *keys, *values;       /* the stores, [rows / beam, heads, room, width] */
+    const void *bias;          /* as of `attend`; NULL for none */
+    int64_t bias_strides[2];   /* of stores, and of the rows that have one together */
+    const void *turns;         /* sines and cosines of the new position, [2, width / 2]; NULL if heads are not turned */
+
+    int64_t source_rows, source_length;      /* so many rows look at one source */
+    const void *source_keys, *source_values; /* [rows / source_rows, heads, source_length, width] */
+
+    const void *source_bias; /* [rows / source_rows, source_length]; NULL for none */
+    /* Of an encoder `source_rows` are the tokens of a source, and `turns` has those of all its positions. */
+};
+
+void decoder_layer(const struct layer *l, const struct step *s, int bf16);
+void encoder_layer(const struct layer *l, const struct step *s, int bf16);

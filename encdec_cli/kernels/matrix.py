@@ -1,0 +1,99 @@
+"""Matrices packed for products with few rows, as a step of decoding has them; see `products.c`."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from encdec_cli.kernels.build import function, library
+
+PANEL = 64
+"""Outputs whose weights lie together."""
+SHARED_OUT = 1 << 24
+"""From this many multiplications on, about 50 microseconds, a product is shared out over torch's threads."""
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
+
+
+class Struct(ctypes.Structure):
+    """`struct matrix` of the C functions."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("kind", "depth", "outputs", "panels")),
+        *((name, ctypes.c_void_p) for name in ("weights", "bias", "scales", "offsets")),
+    )
+
+
+class Matrix:
+    """A matrix [outputs, inputs] and its bias, which no longer change.
+
+    Args:
+        weight: [outputs, inputs], float32, bfloat16, or int8 for levels of -127 to 127.
+        bias: [outputs], or None.
+        scales: [outputs], what one level of an output's weights stands for; of int8 alone.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> None:
+        self.outputs, self.inputs = weight.shape
+        self.panels = -(-self.outputs // PANEL)
+        self._dtype = weight.dtype
+        self._call = function("product")
+        together = 4 // weight.element_size()
+        depth = self.inputs // together
+        by_panel = self._padded(weight).view(self.panels, PANEL, depth, together)
+        kept = {"weights": by_panel.transpose(1, 2).contiguous()}
+        if bias is not None:
+            kept["bias"] = self._padded(bias.float())
+        if scales is not None:
+            kept["scales"] = self._padded(scales.float())
+            # Levels of rows come without a sign, 128 more than they are.
+            kept["offsets"] = self._padded(weight.sum(1, dtype=torch.int32) * 128)
+        self._kept = kept
+        places = {name: tensor.data_ptr() for name, tensor in kept.items()}
+        sizes = {"depth": depth, "outputs": self.outputs, "panels": self.panels}
+        self.struct = Struct(kind=_KINDS[weight.dtype], **sizes, **places)
+        """What the C functions read."""
+        self._place = ctypes.addressof(self.struct)
+
+    def product(self, x: Tensor) -> Tensor:
+        """Map x [..., inputs] to [..., outputs]: of float32 or bfloat16, which the matrix is too unless it is int8."""
+        if self._dtype not in (x.dtype, torch.int8):
+            raise TypeError(f"a product of {x.dtype} with a matrix of {self._dtype}")
+        x = x.contiguous()
+        out = x.new_empty((*x.shape[:-1], self.outputs))
+        rows = x.numel() // self.inputs
+
+        def panels(first: int, last: int) -> None:
+            places = (x.data_ptr(), rows, self._place, None, out.data_ptr())
+            self._call(*places, first, last, False, x.dtype == torch.bfloat16)
+
+        threads = min(torch.get_num_threads(), self.panels) if rows * self._kept["weights"].numel() > SHARED_OUT else 1
+        if threads == 1:
+            panels(0, self.panels)
+        else:
+            bounds = [self.panels * part // threads for part in range(threads + 1)]
+            for work in [_pool().submit(panels, *bound) for bound in itertools.pairwise(bounds)]:
+                work.result()
+        return out
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Return x [outputs, …] with as many rows as the panels have outputs."""
+        padded = x.new_zeros((self.panels * PANEL, *x.shape[1:]))
+        padded[: self.outputs] = x.detach()
+        return padded
+
+
+def can_pack(dtype: torch.dtype, inputs: int) -> bool:
+    """Return whether this machine multiplies by a `Matrix` of this type with so many inputs."""
+    found = library()
+    return found is not None and inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(_KINDS[dtype]))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(torch.get_num_threads())

@@ -1,0 +1,117 @@
+/* Norms and attention, row by row. */
+#include "kernels.h"
+#include "vectors.h"
+
+INLINE void norm_row(const void *row, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
+                     void *out, int bf16) {
+    floats sum = all(0), squares = all(0);
+    for (int64_t i = 0; centred && i < width; i += 32) {
+        pair x = read_pair(row, i, bf16);
+        sum += x.a + x.b;
+    }
+    float mean = sum_of(sum) / width;
+    for (int64_t i = 0; i < width; i += 32) {
+        pair x = read_pair(row, i, bf16);
+        x.a -= mean;
+        x.b -= mean;
+        squares += x.a * x.a + x.b * x.b;
+    }
+    float by = 1 / sqrtf(sum_of(squares) / width + epsilon);
+    for (int64_t i = 0; i < width; i += 32) {
+        pair x = read_pair(row, i, bf16), w = read_pair(weight, i, bf16);
+        x.a = (x.a - mean) * by * w.a;
+        x.b = (x.b - mean) * by * w.b;
+        if (bias) {
+            pair y = read_pair(bias, i, bf16);
+            x.a += y.a;
+            x.b += y.b;
+        }
+        write_pair(out, i, x, bf16);
+    }
+}
+
+/* To out [rows, width] the rows of x less their mean (if centred), over their root mean square, times weight [width],
+ * and bias [width], if it is not NULL, added. */
+void norm(const void *x, int64_t rows, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
+          void *out, int bf16) {
+    for (int64_t row = 0; row < rows; row++)
+        BY_TYPE(norm_row, at(x, row * width, bf16), width, weight, bias, epsilon, centred,
+                (void *)at(out, row * width, bf16));
+}
+
+/* Mix the values of a head by its weights for one query. seen, extra: [count] keys and what to add to their scores. */
+INLINE void mix(const void *query, const void *keys, const void *values, const int64_t *seen, const float *extra,
+                int64_t count, float *weights, void *out, const struct attention *z, int64_t width, int bf16) {
+    float best = -INFINITY, scale = 1 / sqrtf((float)width);
+    pair q[width / 32];
+    for (int64_t i = 0; i < width / 32; i++) q[i] = read_pair(query, i * 32, bf16);
+    for (int64_t j = 0; j < count; j += 4) { /* four sums cost little more than one; those past the end are not used */
+        floats sums[4];
+        for (int64_t n = 0; n < 4; n++) {
+            pair sum = {all(0), all(0)};
+            int64_t key = seen[j + n < count ? j + n : j] * z->key[2];
+            for (int64_t i = 0; i < width / 32; i++) {
+                pair k = read_pair(keys, key + i * 32, bf16);
+                sum.a += q[i].a * k.a;
+                sum.b += q[i].b * k.b;
+            }
+            sums[n] = sum.a + sum.b;
+        }
+        four_sums(sums, weights + j);
+    }
+    for (int64_t j = 0; j < count; j++) {
+        weights[j] = weights[j] * scale + extra[j];
+        best = weights[j] > best ? weights[j] : best;
+    }
+    for (int64_t j = count; j < count + 16; j++) weights[j] = -1e30f;
+    floats sum = all(0);
+    for (int64_t j = 0; j < count; j += 16) {
+        floats x;
+        memcpy(&x, weights + j, sizeof x);
+        x = exponential(x - best) + nothing(x);
+        memcpy(weights + j, &x, sizeof x);
+        sum += x;
+    }
+    float share = 1 / sum_of(sum);
+    pair mixed[width / 32];
+    for (int64_t i = 0; i < width / 32; i++) mixed[i].a = mixed[i].b = all(0);
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t i = 0; i < width / 32; i++) {
+            pair v = read_pair(values, seen[j] * z->value[2] + i * 32, bf16);
+            mixed[i].a += weights[j] * v.a;
+            mixed[i].b += weights[j] * v.b;
+        }
+    for (int64_t i = 0; i < width / 32; i++) {
+        mixed[i].a *= share;
+        mixed[i].b *= share;
+        write_pair(out, i * 32, mixed[i], bf16);
+    }
+}
+
+/* With usual widths known to the compiler, what loops over them stays in registers. */
+#define BY_WIDTH(...) \
+    (z->width == 64 ? BY_TYPE(mix, __VA_ARGS__, 64) \
+                    : z->width == 32 ? BY_TYPE(mix, __VA_ARGS__, 32) : BY_TYPE(mix, __VA_ARGS__, z->width))
+
+/* softmax(query keys^T / sqrt(width) + bias) values, to out [sentences, queries, heads, width]. Keys whose bias is as
+ * good as minus infinity are not looked at: most of them are, where the rows of a sentence share their keys. */
+void attend(const void *query, const void *keys, const void *values, const void *bias, void *out,
+            const struct attention *z, int bf16) {
+    float weights[z->keys + 16], extra[z->keys + 1];
+    int64_t seen[z->keys + 1];
+    for (int64_t place = 0; place < z->sentences * z->queries; place++) {
+        int64_t sentence = place / z->queries, row = place % z->queries, count = 0;
+        for (int64_t j = 0; bias && j < z->keys; j++) {
+            extra[count] = read_one(bias, sentence * z->bias[0] + row * z->bias[1] + j, bf16);
+            seen[count] = j;
+            count += extra[count] > -1e37f;
+        }
+        if (count == 0) /* nothing is masked, or all is, and then a query looks everywhere */
+            for (; count < z->keys; count++) seen[count] = count, extra[count] = 0;
+        for (int64_t head = 0; head < z->heads; head++)
+            BY_WIDTH(at(query, sentence * z->query[0] + head * z->query[1] + row * z->query[2], bf16),
+                    at(keys, sentence * z->key[0] + head * z->key[1], bf16),
+                    at(values, sentence * z->value[0] + head * z->value[1], bf16), seen, extra, count, weights,
+                    (void *)at(out, (place * z->heads + head) * z->width, bf16), z);
+    }
+}
