@@ -14,7 +14,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 
@@ -89,7 +88,7 @@ class Workers:
         for number, group in waiting:
             under_way[pipe].append(number)
             with suppress(BrokenPipeError):  # `_take` tells of its death
-                pipe.send_bytes(json.dumps([asdict(job) for job in group]).encode())
+                pipe.send_bytes(json.dumps([vars(job) for job in group]).encode())
             return
 
     def _take(self, pipe: Connection) -> list[list[Hypothesis]]:
@@ -135,7 +134,7 @@ def _receive(pipe: Connection, groups: SimpleQueue[bytes]) -> None:
 
 def _answer(decode: Decode, jobs: Sequence[Job]) -> dict[str, object]:
     try:
-        return {"found": [[asdict(one) for one in hypotheses] for hypotheses in decode(jobs)]}
+        return {"found": [[vars(one) for one in hypotheses] for hypotheses in decode(jobs)]}
     except tuple(TOLD.values()) as error:
         return {"refused": str(error), "kind": type(error).__name__}
     except Exception as error:
