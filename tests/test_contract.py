@@ -87,6 +87,8 @@ def test_nothing_is_copied_from_the_source_but_its_end(bundle):
     ):
         assert text
         assert not set(text.split()) & set(line.split())
+    longer = texts(bundle, Beam(beam=3, no_repeat_source_ngram=10**20, max_length=5), *lines)
+    assert longer == texts(bundle, Beam(beam=3, max_length=5), *lines)
 
 
 def test_unknown_words_are_allowed_only_when_asked_for(bundle):

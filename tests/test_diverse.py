@@ -210,9 +210,10 @@ def test_the_laws_of_strategies(strategy):
         (Diverse, {"groups": -1}),
         (Diverse, {"diversity_strength": -0.1}),
         (Diverse, {"diversity_strength": math.nan}),
+        (Diverse, {"diversity_strength": 1e308}),
         (Diverse, {"stop": "early"}),
         (Siblings, {"diversity_rate": -1.0}),
-        (Siblings, {"diversity_rate": math.inf}),
+        (Siblings, {"diversity_rate": 1e308}),
         (Siblings, {"beam": 0}),
     ],
 )

@@ -65,8 +65,8 @@ def test_models_that_agree_on_no_token_leave_none_possible():
 def test_the_unit_of_weights_does_not_matter():
     models = [TinyGru(seed=1), TinyGru(seed=2)]
     for average in AVERAGES:
-        small, large = (first_step(models, Ensemble(average, (2 * unit, unit))) for unit in (1e-6, 1e6))
-        assert small == pytest.approx(large, abs=1e-6)
+        small, *large = (first_step(models, Ensemble(average, (2 * unit, unit))) for unit in (1e-6, 1e6, 8e307))
+        assert large == [pytest.approx(small, abs=1e-6)] * 2
 
 
 @settings(max_examples=12, deadline=None)
@@ -127,6 +127,11 @@ def test_each_model_may_read_ids_and_padding_of_its_own(average):
 def test_a_weight_is_a_number_above_0(weight):
     with pytest.raises(ValueError, match="each weight must be above 0"):
         Ensemble(weights=(1.0, weight))
+
+
+def test_a_weight_that_counts_for_nothing_beside_another_is_told_of():
+    with pytest.raises(ValueError, match="1e-320 beside 1"):
+        Ensemble(weights=(1e-320, 1.0))
 
 
 def test_every_model_needs_a_weight_where_one_has_any():

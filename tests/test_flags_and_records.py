@@ -71,6 +71,11 @@ def test_a_plugins_names_are_known_before_the_model_is_loaded(tmp_path):
     ("words", "line", "what"),
     [
         (("--json",), '{"source": "ba be", "prefix": 5}', "field 'prefix': expected text"),
+        (
+            ("--json",),
+            '{"source": null, "a": 1}',
+            "not a record this task can read (field 'source': missing; expected source, found the fields 'a')",
+        ),
         (("--json",), '{"source": 5}', "not a record this task can read (field 'source': expected text"),
         (("--score",), f"ba\t{' '.join(['be'] * 300)}", "a target of 300 tokens, and the model reads at most"),
     ],

@@ -130,7 +130,11 @@ def test_only_allowed_outputs_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("formula", "length", "tokens"), [("2x+20", 3, 26), ("0.5x", 5, 2), ("0.5x+2", 4, 4), (10, 99, 10), ("0", 7, 0)]
+    ("formula", "length", "tokens"),
+    [
+        *(("2x+20", 3, 26), ("0.5x", 5, 2), ("0.5x+2", 4, 4), (10, 99, 10), ("0", 7, 0)),
+        *((10**20, 7, 1 << 30), (f"{10**20}x", 3, 3 << 30)),
+    ],
 )
 def test_formulas_of_lengths(formula, length, tokens):
     assert length_of(formula, length) == tokens
@@ -144,7 +148,8 @@ def test_formulas_of_lengths(formula, length, tokens):
         ({"no_repeat_ngram": -1}, "no_repeat_ngram: -1 must be 1 or more"),
         ({"repetition_penalty": 0.0}, "repetition_penalty: 0.0 must be above 0"),
         ({"banned": ["a", " "]}, "banned: an empty phrase"),
-        ({"boosted": {"a": math.inf}}, "boosted: a bonus is a finite number"),
+        ({"boosted": {"a": math.nan}}, "boosted: a bonus is at most 1,000,000 nats"),
+        ({"boosted": {"a": -2e6}}, "boosted: a bonus is at most 1,000,000 nats"),
         ({"outputs": "list.txt", "banned": ["a"]}, "outputs: the list alone"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from encdec_cli.decoding.beam import Beam, unfinished
 from encdec_cli.decoding.frontier import Frontier
+from encdec_cli.decoding.hypothesis import MOST_NATS
 from encdec_cli.decoding.scorer import Candidates, Scores, rank
 from encdec_cli.text.vocabulary import EOS
 
@@ -39,8 +39,10 @@ class Diverse(Beam):
                 f"groups is {self.groups} and beam {self.beam}; the beam must be a multiple of the groups "
                 "(0 is a group for each hypothesis)."
             )
-        if not (math.isfinite(self.diversity_strength) and self.diversity_strength >= 0):
-            raise ValueError(f"diversity_strength is {self.diversity_strength}; it must be 0 or more.")
+        if not 0 <= self.diversity_strength <= MOST_NATS:
+            raise ValueError(
+                f"diversity_strength is {self.diversity_strength}; it must be from 0 to {MOST_NATS:,.0f} nats."
+            )
 
     @property
     def _groups(self) -> int:

@@ -13,6 +13,9 @@ from torch import Tensor
 from encdec_cli.decoding.scorer import normalise
 from encdec_cli.models.model import Model
 
+LEAST_SHARE = 1e-12
+"""A weight that is a smaller share of the largest is taken for none."""
+
 
 @dataclass(frozen=True)
 class Ensemble:
@@ -28,6 +31,8 @@ class Ensemble:
         wrong = [weight for weight in self.weights if not (math.isfinite(weight) and weight > 0)]
         if wrong:
             raise ValueError(f"weights: found {wrong[0]}; each weight must be above 0, so leave out a model of none.")
+        if self.weights and min(self.weights) < LEAST_SHARE * max(self.weights):
+            raise ValueError(f"weights: {min(self.weights)} beside {max(self.weights)} is none; leave that model out.")
 
     def log_probs(self, logits: Sequence[Tensor]) -> Tensor:
         """Return the log-probabilities of the average, [rows, vocab] float32.
@@ -55,9 +60,13 @@ def for_each(models: Sequence[Model], given: Tensor | Sequence[Tensor]) -> list[
     return [given] * len(models) if isinstance(given, Tensor) else list(given)
 
 
+def _shares(weights: Sequence[float]) -> list[float]:
+    """Return the weights by the largest: equal ones change no digit, and great ones do not add up to infinity."""
+    return [weight / max(weights) for weight in weights]
+
+
 def _arithmetic_mean(weights: Sequence[float], logits: Sequence[Tensor]) -> Tensor:
-    # By the largest weight, so that equal weights change no digit.
-    shares = [weight / max(weights) for weight in weights]
+    shares = _shares(weights)
     total = _log_probs(logits[0], shares[0])
     for share, other in zip(shares[1:], logits[1:], strict=True):
         total = torch.logaddexp(total, _log_probs(other, share))
@@ -65,7 +74,8 @@ def _arithmetic_mean(weights: Sequence[float], logits: Sequence[Tensor]) -> Tens
 
 
 def _geometric_mean(weights: Sequence[float], logits: Sequence[Tensor]) -> Tensor:
-    shares = [weight / sum(weights) for weight in weights]
+    shares = _shares(weights)
+    shares = [share / sum(shares) for share in shares]
     total = shares[0] * _log_probs(logits[0])
     for share, other in zip(shares[1:], logits[1:], strict=True):
         total += share * _log_probs(other)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from encdec_cli.models.model import Model
 
 _FORMULA = re.compile(r"(?:(?P<factor>\d+(?:\.\d+)?)x)?(?:(?P<plus>(?:^|\+)\d+))?")
+MOST_NATS = 1e6
+"""Greatest bonus or price: beside a greater one, float32 tells no log-probabilities apart."""
+_UNBOUNDED = 1 << 30
+"""Tokens, or tokens for each of the source's, that no output has; what is above stands for it."""
 _EXAMPLES = {"banned": "[foo, bar baz]", "boosted": "{foo: 1.5, bar baz: 2}"}
 
 
@@ -67,7 +71,8 @@ def length_of(formula: int | str, source_length: int) -> int:
     match = _FORMULA.fullmatch(str(formula).replace(" ", ""))
     if match is None or not any(match.groupdict().values()):
         raise ValueError(f"expected a formula such as '2x+20', '1.5x' or '200', found '{formula}'.")
-    return int(float(match["factor"] or 0) * source_length) + int((match["plus"] or "0").lstrip("+"))
+    factor, plus = float(match["factor"] or 0), int((match["plus"] or "0").lstrip("+"))
+    return int(min(factor, _UNBOUNDED) * source_length) + min(plus, _UNBOUNDED)
 
 
 @dataclass(kw_only=True)
@@ -127,8 +132,8 @@ class Strategy:
         for key, phrases in (("banned", self.banned), ("boosted", self.boosted)):
             if not all(phrase.strip() for phrase in phrases):
                 raise ValueError(f"{key}: an empty phrase; expected words such as {_EXAMPLES[key]}.")
-        if not all(map(math.isfinite, self.boosted.values())):
-            raise ValueError(f"boosted: a bonus is a finite number of nats, such as {_EXAMPLES['boosted']}.")
+        if not all(abs(bonus) <= MOST_NATS for bonus in self.boosted.values()):
+            raise ValueError(f"boosted: a bonus is at most {MOST_NATS:,.0f} nats, such as {_EXAMPLES['boosted']}.")
         if self.outputs and (self.no_repeat_ngram or self.no_repeat_source_ngram or self.banned):
             raise ValueError(
                 "outputs: the list alone says what is written; leave out no_repeat_ngram, no_repeat_source_ngram and "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,8 +48,8 @@ class Sampling(Strategy):
         super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"beam is {self.beam}; at least 1 sample is needed.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more.")
+        if not (self.temperature == 0 or 1e-30 <= self.temperature <= 1e30):  # float32 divides by it
+            raise ValueError(f"temperature is {self.temperature}; it must be 0, or from 1e-30 to 1e30.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be 1 or more, or 0 for all tokens.")
         for key, mass in (("top_p", self.top_p), ("typical", self.typical)):

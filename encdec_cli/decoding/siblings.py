@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.frontier import Frontier
+from encdec_cli.decoding.hypothesis import MOST_NATS
 from encdec_cli.decoding.scorer import Candidates, Scores, rank
 
 
@@ -28,8 +28,8 @@ class Siblings(Beam):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not (math.isfinite(self.diversity_rate) and self.diversity_rate >= 0):
-            raise ValueError(f"diversity_rate is {self.diversity_rate}; it must be 0 or more.")
+        if not 0 <= self.diversity_rate <= MOST_NATS:
+            raise ValueError(f"diversity_rate is {self.diversity_rate}; it must be from 0 to {MOST_NATS:,.0f} nats.")
 
     def _propose(self, frontier: Frontier, scores: Scores, totals: Tensor) -> Candidates:
         """Return the best ways to go on. Behind 2 x beam better siblings, none is among the 2 x beam best of all."""

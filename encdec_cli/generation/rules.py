@@ -92,7 +92,7 @@ class RuleBook:
         prefixes: the ids that each sentence's output must begin with; source: [sentences, src_len], padded with PAD.
         """
         rules = list(self._rules)
-        if self._strategy.no_repeat_source_ngram:
+        if 0 < self._strategy.no_repeat_source_ngram <= source.shape[1]:
             rules.append(NoRepeatSourceNgram(self._strategy.no_repeat_source_ngram, source))
         if not self._strategy.allow_unknown and UNK not in self.forbidden(prefixes):
             rules.append(Banned([[UNK]], source.device))
