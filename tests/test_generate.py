@@ -191,8 +191,9 @@ def test_an_ensemble_of_a_model_with_itself_is_the_model(copy_run, sources):
         assert float(ours.split("\t")[0]) == pytest.approx(float(theirs.split("\t")[0]), abs=1e-3)
 
 
-def test_a_co_process_gets_its_answer_line_by_line(copy_run):
-    process = start("generate", "--model", copy_run, stderr=subprocess.DEVNULL)
+@pytest.mark.parametrize("named", [(), ("/dev/stdin",)], ids=["stdin", "a pipe with a name"])
+def test_a_co_process_gets_its_answer_line_by_line(copy_run, named):
+    process = start("generate", "--model", copy_run, *named, stderr=subprocess.DEVNULL)
     try:
         for line in ("1 2", "", "3 4 5", "6"):
             process.stdin.write(f"{line}\n".encode())

@@ -82,9 +82,12 @@ def windows_of(reader: Reader, file: Path | None, size: int, report: LineReport)
 
 def _is_complete(file: Path | None) -> bool:
     """Whether all input lies ready, so that waiting for a full window costs nobody anything."""
-    if (file is not None and str(file) != "-") or sys.stdin is None:
-        return True
-    return stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
+    if file is not None and str(file) != "-":
+        try:
+            return stat.S_ISREG(file.stat().st_mode)  # not a named pipe, /dev/stdin or <(…)
+        except OSError:
+            return True  # told of where it is read
+    return sys.stdin is None or stat.S_ISREG(os.fstat(sys.stdin.fileno()).st_mode)
 
 
 def _examples(reader: Reader, file: Path | None, report: LineReport) -> Iterator[Example]:
