@@ -176,11 +176,25 @@ def test_a_rule_knows_the_sentence_of_each_row_when_others_have_left(strategy):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"beam": 0}, {"length_penalty": math.nan}, {"stop": "early"}, {"normalization": "mean"}]
+    "wrong",
+    [
+        {"beam": 0},
+        {"length_penalty": math.nan},
+        {"length_penalty": -11.0},
+        {"coverage_penalty": 1e308},
+        {"stop": "early"},
+        {"normalization": "mean"},
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Beam(**wrong)
+
+
+@pytest.mark.parametrize("many", [lambda: Beam(beam=10**20), lambda: Contrastive(top_k=10**20)])
+def test_more_hypotheses_than_any_machine_decodes_are_refused(many):
+    with pytest.raises(ValueError, match="100000000000000000000 hypotheses for each sentence"):
+        many()
 
 
 def test_a_stepper_of_another_beam_is_refused():

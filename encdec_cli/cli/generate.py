@@ -81,7 +81,12 @@ BatchOption = Annotated[
 ]
 WorkersOption = Annotated[
     int | None,
-    typer.Option("--workers", metavar="N", min=1, help="Processes that decode on a CPU. [default: one a core]"),
+    typer.Option(
+        "--workers",
+        metavar="N",
+        min=1,
+        help="Processes that decode on a CPU, at most one a core. [default: one a core]",
+    ),
 ]
 ExactOption = Annotated[
     bool, typer.Option("--exact", help="Decode each line alone: no bit depends on batches, threads or neighbours.")
@@ -151,12 +156,12 @@ def generate(
     from encdec_cli.generation.lines import Options
     from encdec_cli.reranking.reranker import decode
     from encdec_cli.text.lines import LineReport
-    from encdec_cli.training.machine import decoding_workers
+    from encdec_cli.training.machine import available_cores, decoding_workers
 
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     head = scoring.choose_head(bundles[0], alignments) if alignments else None
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)
-    processes = workers or decoding_workers(device)
+    processes = min(workers or decoding_workers(device), available_cores())
     options = Options(chosen, n_best, batch or 0, processes, exact, average, head, watch.asks_for("coverage"))
     reader = Reader(bundles[0].task, as_json, pairs=score, constraints=chosen.reads_constraints)
     windows = windows_of(reader, file, options.window, report := LineReport())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -13,13 +12,15 @@ from torch import Tensor
 from encdec_cli import kernels
 from encdec_cli.decoding.force import as_targets
 from encdec_cli.decoding.frontier import Frontier
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy, rank
+from encdec_cli.decoding.hypothesis import MOST_NATS, Hypothesis, Limits, Strategy, rank
 from encdec_cli.decoding.rules import Rule
 from encdec_cli.decoding.scorer import Candidates, Scores
 from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.text.vocabulary import EOS
 
 Stop = Literal["first", "bound", "never"]
+MOST_PENALTY = 10
+"""Of a length; beyond it, scores of long outputs leave what a float can tell apart."""
 Normalization = Literal["power", "gnmt"]
 
 
@@ -52,15 +53,17 @@ class Beam(Strategy):
         super().__post_init__()
         if self.beam < 1:
             raise ValueError(f"beam is {self.beam}; a search keeps at least 1 hypothesis.")
-        if not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty is {self.length_penalty}; a finite number is needed, such as 1.0.")
+        if not abs(self.length_penalty) <= MOST_PENALTY:
+            raise ValueError(
+                f"length_penalty is {self.length_penalty}; it must be from -{MOST_PENALTY} to {MOST_PENALTY}."
+            )
         for key, value, known in (
             ("normalization", self.normalization, get_args(Normalization)),
             ("stop", self.stop, get_args(Stop)),
         ):
             if value not in known:
                 raise ValueError(f"{key} is '{value}'; one of {', '.join(known)} is expected.")
-        if not (math.isfinite(self.coverage_penalty) and self.coverage_penalty >= 0):
+        if not 0 <= self.coverage_penalty <= MOST_NATS:
             raise ValueError(f"coverage_penalty is {self.coverage_penalty}; it must be 0 or more, such as 0.02.")
 
     @torch.inference_mode()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from encdec_cli.models.model import Model
 
 _FORMULA = re.compile(r"(?:(?P<factor>\d+(?:\.\d+)?)x)?(?:(?P<plus>(?:^|\+)\d+))?")
+MOST_ROWS = 100_000
+"""Of one sentence."""
 MOST_NATS = 1e6
 """Greatest bonus or price: beside a greater one, float32 tells no log-probabilities apart."""
 _UNBOUNDED = 1 << 30
@@ -111,6 +113,10 @@ class Strategy:
     """A file with one allowed output a line: nothing else is written, and its lengths are the limits."""
 
     def __post_init__(self) -> None:
+        if self.rows > MOST_ROWS:
+            raise ValueError(
+                f"{self.rows} hypotheses for each sentence are more than any machine decodes: {MOST_ROWS:,}."
+            )
         self._check_lengths()
         for key in ("no_repeat_ngram", "no_repeat_source_ngram"):
             if (n := vars(self)[key]) < 0:
