@@ -26,7 +26,6 @@ from encdec_cli.errors import DataError
 from encdec_cli.generation.lines import Options, generate
 from encdec_cli.generation.phrases import constraint_ids, constraints_of_columns, constraints_of_record, phrase_ids
 from encdec_cli.recipe import from_resolved
-from encdec_cli.testing import check_strategy
 from encdec_cli.text.example import Example
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.subword import SentencePiece
@@ -145,11 +144,6 @@ def test_the_minimum_length_holds():
 
 
 # Laws ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strategy", [Constrained(beam=1), Constrained(beam=4, length_penalty=0.5)], ids=repr)
-def test_it_obeys_the_laws_of_strategies(strategy):
-    check_strategy(strategy)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5])
