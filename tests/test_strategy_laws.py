@@ -380,5 +380,5 @@ def test_of_one_candidate_the_one_with_least_risk_is_that_one(world):
         text = " ".join(f"w{token}" for token in one.tokens)
         only = Candidate(text, one.score, one.token_scores, one.finished, one.tokens)
         for reranker in (MinimumBayesRisk(), MinimumBayesRisk(metric="bleu", aggregate=True, weights="probability")):
-            (found,) = rerank(Generated(Example("x"), [only]), reranker, 5).candidates
+            (found,) = rerank([Generated(Example("x"), [only])], reranker, 5)[0].candidates
             assert (found.text, found.score, found.tokens) == (text, one.score, one.tokens)
