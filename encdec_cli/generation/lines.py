@@ -216,15 +216,19 @@ def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder, fin
     given = 0
     groups = list(_groups([line for line in lines if line.job.source], options))
     for number, found in decoder.map([[line.job for line in group] for group in groups]):
-        group = groups[number]
-        for line, hypotheses in zip(group, found, strict=True):
+        for line, hypotheses in zip(groups[number], found, strict=True):
             line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses]
-        for line, result in zip(group, finish([line.result for line in group]), strict=True):
-            line.result, ready[line.place] = result, True
+            ready[line.place] = True
+        _finish(groups[number], finish)
         while given < len(lines) and ready[given]:
             yield lines[given].result
             given += 1
     yield from (line.result for line in lines[given:])
+
+
+def _finish(group: Sequence[_Line], finish: Finish) -> None:
+    for line, result in zip(group, finish([line.result for line in group]), strict=True):
+        line.result = result
 
 
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
