@@ -358,23 +358,6 @@ def test_nothing_moves_while_few_are_done():
     assert model.states[0].sizes == [10]
 
 
-@pytest.mark.parametrize("beam", [1, 5])
-@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
-def test_padding_order_and_batch_mates_change_nothing(build, beam):
-    model = build()
-    lines = [[(7 * i * j) % 140 + 5 for j in range(1, 2 + i % 5)] + [EOS] for i in range(23)]
-    maximum = [3 + 2 * (i % 7) for i in range(23)]
-    together = run(Beam(beam=beam), model, maximum=maximum, lines=lines)
-    backwards = run(Beam(beam=beam), model, maximum=maximum[::-1], lines=lines[::-1])[::-1]
-    for place, line in enumerate(lines):
-        alone = run(Beam(beam=beam), model, maximum=[maximum[place]], lines=[line])[0]
-        source, mask = pad([line], extra=4)
-        padded = Beam(beam=beam)(Stepper([model], source, mask, beam), bounds(1, maximum[place]), [])[0]
-        for other in (backwards[place], alone, padded):
-            assert outputs(other) == outputs(together[place])
-            assert [one.score for one in other] == pytest.approx([one.score for one in together[place]], abs=1e-5)
-
-
 @pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
 def test_a_beam_of_one_takes_the_best_token_each_time(build):
     model, lines = build(), [[5, 6, 7, EOS], [20, EOS], [9, 9, 30, 31, EOS]]

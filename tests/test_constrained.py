@@ -1,4 +1,4 @@
-"""Constrained search: the automaton, worked cases, exhaustive search, a slow search in plain Python, and phrases."""
+"""Constrained search: the automaton, worked cases, exhaustive search, a slow search in plain Python, and texts."""
 
 from __future__ import annotations
 
@@ -22,15 +22,11 @@ from encdec_cli.decoding.constraints import Automata
 from encdec_cli.decoding.force import score_targets
 from encdec_cli.decoding.hypothesis import Limits
 from encdec_cli.decoding.stepper import Stepper
-from encdec_cli.errors import DataError
 from encdec_cli.generation.lines import Options, generate
-from encdec_cli.generation.phrases import constraint_ids, constraints_of_columns, constraints_of_record, phrase_ids
 from encdec_cli.recipe import from_resolved
-from encdec_cli.testing import check_strategy
 from encdec_cli.text.example import Example
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.subword import SentencePiece
-from encdec_cli.text.units import Character, Word
 from encdec_cli.text.vocabulary import BOS, EOS
 from tests.conftest import save
 
@@ -145,11 +141,6 @@ def test_the_minimum_length_holds():
 
 
 # Laws ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("strategy", [Constrained(beam=1), Constrained(beam=4, length_penalty=0.5)], ids=repr)
-def test_it_obeys_the_laws_of_strategies(strategy):
-    check_strategy(strategy)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 5])
@@ -295,57 +286,6 @@ def corpus() -> list[str]:
 @pytest.fixture(scope="module")
 def pieces():
     return SentencePiece.train(corpus(), TokenizerOptions(size=360))
-
-
-def spelled(tokenizer, ways):
-    return [[tokenizer.vocabulary.token(id) for id in way] for way in ways]
-
-
-def test_a_word_comes_with_its_space_and_punctuation_also_without(pieces):
-    assert spelled(pieces, phrase_ids(pieces, "house")) == [["▁house"]]
-    ways = spelled(pieces, phrase_ids(pieces, ", however"))
-    assert [way[-1] for way in ways] == ["▁however"] * 2
-    assert [way[0] for way in ways] == ["▁,", ","]
-    assert ["".join(way) for way in spelled(pieces, phrase_ids(pieces, "喜欢"))] == ["▁喜欢", "喜欢"]
-    assert [pieces.decode(way) for way in phrase_ids(pieces, "дом")] == ["дом"]
-
-
-def test_tokenizers_without_pieces_know_one_way():
-    word, character = Word.train(corpus(), TokenizerOptions(size=99)), Character.train(corpus(), TokenizerOptions(99))
-    for tokenizer in (word, character):
-        for phrase in ("house", ", however", "猫"):
-            assert phrase_ids(tokenizer, phrase) == [tokenizer.encode(phrase)]
-    assert constraint_ids(word, ["the zebra", "house"]) == [word.encode("house")]
-    with pytest.raises(DataError, match="constraint 'zebra', 'the zebra': the model cannot write it"):
-        constraint_ids(word, ["zebra", "the zebra"])
-
-
-@pytest.mark.parametrize(
-    ("given", "found"),
-    [
-        (None, []),
-        ([], []),
-        (["a", [" b c ", "d|e"]], [["a"], ["b c", "d|e"]]),
-        ("a", "field 'constraints': expected a list, found str"),
-        ([1], "expected texts or lists of texts, found int"),
-        ([["a", None]], "expected texts or lists of texts, found NoneType"),
-        (["a", " "], "found an empty phrase"),
-        ([[]], "found an empty phrase"),
-    ],
-)
-def test_constraints_of_a_record(given, found):
-    if isinstance(found, str):
-        with pytest.raises(DataError, match=found):
-            constraints_of_record({"constraints": given})
-    else:
-        assert constraints_of_record({"constraints": given}) == found
-        assert constraints_of_record({}) == []
-
-
-def test_constraints_of_columns():
-    assert constraints_of_columns(["a", "", " b c | d", " "]) == [["a"], ["b c", "d"]]
-    with pytest.raises(DataError, match="found an empty phrase"):
-        constraints_of_columns(["a|"])
 
 
 def bundle(tokenizer, task: str = "translation") -> Bundle:

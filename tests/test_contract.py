@@ -9,7 +9,7 @@ import jsonschema
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from encdec_cli import cli
@@ -19,11 +19,10 @@ from encdec_cli.decoding.sampling import Sampling
 from encdec_cli.errors import DataError, UsageError
 from encdec_cli.generation.flags import FLAGS, flags, has_loop, is_copy, usual_ratios
 from encdec_cli.generation.lines import TROUBLES, Candidate, Generated, Options, generate
-from encdec_cli.generation.rules import spellings
 from encdec_cli.recipe import from_resolved
 from encdec_cli.text.example import Example
 from encdec_cli.text.options import TokenizerOptions
-from encdec_cli.text.tokenizer import Character, SentencePiece, Word
+from encdec_cli.text.tokenizer import Word
 from encdec_cli.text.vocabulary import UNK
 from tests.conftest import save
 
@@ -184,28 +183,6 @@ def test_what_a_model_cannot_give_is_refused():
     with pytest.raises(UsageError, match="boosted: 'ba' holds a word that is not in the vocabulary"):
         results(other, Beam(boosted={"ba": 1.0}), "ba")
     assert results(other, Beam(banned=["ba"]), "ba")[0].candidates  # it is never written anyway
-
-
-PIECES = SentencePiece.train(
-    [f"the {word} is here ({word}) and {word}, yes" for word in WORDS for _ in range(5)], TokenizerOptions(size=400)
-)
-
-
-def test_spellings_by_tokenizer():
-    word, character = (kind.train(["ba be (", *TEXT], TokenizerOptions(size=100)) for kind in (Word, Character))
-    assert spellings(word, " ba be ") == [word.encode("ba be")]
-    assert spellings(word, "ba nowhere") == []
-    assert spellings(character, "ba") == [character.encode("ba")]
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=2), st.sampled_from(["{}", "the {}", "is here ({}) and"]))
-def test_a_phrase_is_found_wherever_it_stands_as_a_word(words, context):
-    phrase = " ".join(words)
-    line = PIECES.encode(context.format(phrase))
-    ways = spellings(PIECES, phrase)
-    assert any(line[i : i + len(way)] == way for way in ways for i in range(len(line)))
-    assert all(PIECES.decode(way).strip() == phrase for way in ways)
 
 
 # --- flags -------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from scripted import VOCAB, A, B, C, ScriptedState, TinyGru, bounds, pad, run, tiny_transformer
 from torch import Tensor
 
-from encdec_cli import testing
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.contrastive import Contrastive
 from encdec_cli.decoding.stepper import Stepper
@@ -128,20 +127,6 @@ MAXIMUM = [3 + 2 * (i % 7) for i in range(23)]
 MINIMUM = [i % 3 for i in range(23)]
 
 
-@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
-@pytest.mark.parametrize("keys", [{"penalty_alpha": 0.0}, {"top_k": 1}])
-def test_without_a_choice_or_a_penalty_it_is_greedy_search(build, keys):
-    model = build(SMALL, seed=3)
-    greedy = run(Beam(beam=1, length_penalty=0.0), model, MAXIMUM, MINIMUM, LINES)
-    found = run(Contrastive(**keys), model, MAXIMUM, MINIMUM, LINES)
-    assert {one[0].finished for one in greedy} == {True, False}
-    for ours, theirs in zip(found, greedy, strict=True):
-        assert len(ours) == 1
-        assert (ours[0].tokens, ours[0].finished) == (theirs[0].tokens, theirs[0].finished)
-        assert ours[0].score == pytest.approx(theirs[0].score, abs=1e-4)
-        assert ours[0].token_scores == pytest.approx(theirs[0].token_scores, abs=1e-4)
-
-
 def slow(models, line, maximum, minimum, alpha, top_k):
     """Equation 5, the states of every candidate from its whole prefix."""
 
@@ -190,17 +175,6 @@ def test_it_repeats_less_than_greedy_search():
     assert different[1] > different[0]
 
 
-def test_a_batch_and_padding_change_nothing():
-    model = tiny_transformer()
-    together = run(Contrastive(), model, MAXIMUM, lines=LINES)
-    backwards = run(Contrastive(), model, MAXIMUM[::-1], lines=LINES[::-1])[::-1]
-    assert [found[0].tokens for found in backwards] == [found[0].tokens for found in together]
-    for place in (0, 8, 22):
-        source, mask = pad([LINES[place]], extra=4)
-        alone = Contrastive()(Stepper([model], source, mask, 4), bounds(1, MAXIMUM[place]), [])[0]
-        assert alone[0].tokens == together[place][0].tokens
-
-
 def test_no_token_is_read_beyond_the_model_s_positions():
     torch.manual_seed(1)
     config = Transformer.Config(
@@ -208,14 +182,6 @@ def test_no_token_is_read_beyond_the_model_s_positions():
     )
     found = run(Contrastive(), Transformer(config, 30, 30).eval(), maximum=7, minimum=7, lines=[[5, EOS], [6, EOS]])
     assert [len(one[0].tokens) for one in found] == [7, 7]
-
-
-@pytest.mark.parametrize(
-    "strategy", [Contrastive(), Contrastive(penalty_alpha=1.0, top_k=7), Contrastive(top_k=1)], ids=repr
-)
-def test_the_laws_of_strategies(strategy):
-    for seed in range(3):
-        testing.check_strategy(strategy, seed=seed)
 
 
 @pytest.mark.parametrize("wrong", [{"beam": 2}, {"penalty_alpha": -0.1}, {"penalty_alpha": 1.1}, {"top_k": 0}])

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from scripted import A, B, C, Scripted, TinyGru, run, tiny_transformer
 from slow_search import SlowSearch, random_table
 
-from encdec_cli import testing
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.diverse import Diverse
 from encdec_cli.decoding.siblings import Siblings
@@ -99,24 +98,6 @@ def test_siblings_pay_anew_in_each_step():
 
 LINES = [[(7 * i * j) % 140 + 5 for j in range(1, 2 + i % 5)] + [EOS] for i in range(17)]
 MAXIMUM = [3 + 2 * (i % 6) for i in range(17)]
-VARIANTS = [
-    {"beam": 4},
-    {"beam": 1, "length_penalty": 0.0},
-    {"beam": 3, "stop": "never", "normalization": "gnmt"},
-    {"beam": 2, "stop": "bound"},
-]
-
-
-@pytest.mark.parametrize("keys", VARIANTS, ids=str)
-@pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
-def test_one_group_or_no_price_for_siblings_is_plain_beam_search(build, keys):
-    model = build()
-    plain = run(Beam(**keys), model, maximum=MAXIMUM, lines=LINES)
-    for strategy in (
-        Diverse(groups=1, diversity_strength=3.0, **keys),
-        Siblings(diversity_rate=0.0, **keys),
-    ):
-        assert run(strategy, model, maximum=MAXIMUM, lines=LINES) == plain
 
 
 @pytest.mark.parametrize("build", [TinyGru, tiny_transformer])
@@ -185,22 +166,6 @@ def test_sentences_leave_only_when_all_their_groups_are_done():
     assert sizes[-1] < 40
     for place in range(10):
         assert run(strategy, model, maximum=12, lines=[[4 + place, EOS]])[0] == together[place]
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Diverse(beam=4),
-        Diverse(beam=4, groups=2, stop="bound", diversity_strength=2.0),
-        Diverse(beam=3, groups=1, stop="never"),
-        Siblings(beam=3),
-        Siblings(beam=2, diversity_rate=9.0, stop="never", normalization="gnmt"),
-    ],
-    ids=repr,
-)
-def test_the_laws_of_strategies(strategy):
-    for seed in range(3):
-        testing.check_strategy(strategy, seed=seed)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "kernels": {"atomic"},
     "models": {"kernels"},
     "decoding": {"kernels", "models.model", "text.vocabulary"},
-    "testing": {"models.model", "decoding"},
+    "testing": {"models", "decoding", "text.vocabulary"},
     "bundle": {"atomic", "recipe", "text", "tasks", "models", "decoding", "data"},
     "generation": {"allocator", "kernels", "text", "tasks", "data", "models", "decoding", "bundle"},
     "evaluation": {"text", "data", "bundle", "generation", "models.model", "decoding"},

@@ -1,4 +1,4 @@
-"""The laws of encdec_cli/testing.py x the Transformer's variants and the example plugin, and that the laws can fail."""
+"""The laws of models x the Transformer's variants and the example plugin, and that all laws can fail."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from encdec_cli.decoding.sampling import Sampling
 from encdec_cli.models.attention import KeysValues
 from encdec_cli.models.model import Memory
 from encdec_cli.models.transformer import Transformer
+from encdec_cli.testing import models as laws
 
 GRU = Path(__file__).parent.parent / "docs" / "examples" / "gru.py"
 SMALL = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 16, "heads": 2, "feed_forward": 24}
@@ -55,11 +56,11 @@ variants = st.fixed_dictionaries(
 def test_random_transformers_obey_the_laws(keys, seed, vocab):
     source, target = (vocab[0], vocab[0]) if keys["tie"] == "all" else vocab
     # A dead ReLU of a tiny feed-forward may starve a bias: width and seed are random, so the gradient law is not.
-    laws = [law for law in testing.LAWS if law is not testing.gradients]
     torch.manual_seed(seed)
-    case = testing.make_case(transformer(source, target, **keys), (source, target), seed)
-    for law in laws:
-        law(case)
+    case = laws.make_case(transformer(source, target, **keys), (source, target), seed)
+    for law in laws.LAWS:
+        if law is not laws.gradients:
+            law(case)
 
 
 def test_one_line_checks_a_class():
@@ -71,27 +72,6 @@ def test_the_example_plugin_obeys_the_laws():
     gru = registry.models.get("gru")
     for seed in range(3):
         testing.check(gru, source_vocab=11, target_vocab=13, seed=seed)
-
-
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        Beam(beam=1),
-        Beam(beam=4),
-        Beam(beam=3, length_penalty=0.0),
-        Sampling(beam=1),
-        Sampling(beam=3, temperature=0.7, top_p=0.9),
-        Sampling(beam=2, top_k=2),
-        Sampling(beam=2, min_p=0.1),
-        Sampling(beam=2, typical=0.8, epsilon=0.01),
-        Beam(beam=3, stop="bound", normalization="gnmt"),
-        Beam(beam=2, stop="never"),
-    ],
-    ids=repr,
-)
-def test_strategies_obey_the_laws(strategy):
-    for seed in range(5):
-        testing.check_strategy(strategy, seed=seed)
 
 
 class Unsorted(Beam):
@@ -120,6 +100,12 @@ class Drawn(Sampling):
         return super().__call__(stepper, limits, rules)
 
 
+class Deaf(Beam):
+    """Is given constraints and does not read them."""
+
+    reads_constraints = True
+
+
 class Lawless(Beam):
     def __call__(self, stepper, limits, rules):
         return super().__call__(stepper, limits, [])
@@ -129,6 +115,7 @@ class Lawless(Beam):
     ("broken", "sentence"),
     [
         (Lawless(beam=2), "must obey its rules"),
+        (Deaf(beam=2), "must meet its constraints"),
         (Unsorted(beam=3), "best first"),
         (Flattered(beam=2), "teacher forcing"),
         (TooLong(beam=1), "expected by the limits"),
@@ -146,8 +133,8 @@ def test_bf16_parameters_stay_bf16_and_obey_the_laws():
             torch.manual_seed(1)
             model = transformer(positions=positions, norm=norm, activation="swiglu").to(torch.bfloat16)
             # bf16 keeps 8 bits: the laws hold up to a few roundings in every layer.
-            case = testing.make_case(model, (17, 17), seed=1, tolerance=0.05)
-            for law in testing.LAWS:
+            case = laws.make_case(model, (17, 17), seed=1, tolerance=0.05)
+            for law in laws.LAWS:
                 law(case)
             memory = model.encode(case.source, case.mask)
             hidden = model.decode(case.target, model.start(memory))
@@ -276,7 +263,7 @@ def test_the_law_about_the_future_catches_by_itself():
     torch.manual_seed(0)
     model = SeesFuture(Transformer.Config(**SMALL), 17, 17)
     with pytest.raises(testing.LawError, match="later target tokens"):
-        testing.no_future(testing.make_case(model, (17, 17), seed=0))
+        laws.no_future(laws.make_case(model, (17, 17), seed=0))
 
 
 def test_an_empty_source_stays_finite_and_disturbs_nobody():
@@ -294,7 +281,7 @@ def test_an_empty_source_stays_finite_and_disturbs_nobody():
 def test_gradients_are_the_same_in_any_split():
     torch.manual_seed(3)
     model = transformer().eval()
-    case = testing.make_case(model, (17, 17), seed=3)
+    case = laws.make_case(model, (17, 17), seed=3)
     gradients = []
     for size in (case.target.shape[1], 1):
         model.zero_grad()

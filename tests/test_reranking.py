@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.config import parse_component
 from encdec_cli.errors import UsageError
+from encdec_cli.evaluation.likelihood import likelihoods
 from encdec_cli.evaluation.ngrams import count_grams
 from encdec_cli.evaluation.overlap import TokenF1
 from encdec_cli.evaluation.sacre import Bleu, Chrf, Ter
@@ -47,7 +48,7 @@ def candidates(*texts: str, chances: tuple[float, ...] = ()) -> list[Candidate]:
 
 
 def order(reranker: Reranker, *texts: str) -> list[str]:
-    found = rerank(Generated(SOURCE, candidates(*texts)), reranker, len(texts))
+    (found,) = rerank([Generated(SOURCE, candidates(*texts))], reranker, len(texts))
     return [candidate.text for candidate in found.candidates]
 
 
@@ -140,10 +141,10 @@ def test_expected_utilities_are_those_of_a_double_loop(texts):
 @pytest.mark.parametrize("options", [{}, {"aggregate": True}, {"weights": "probability"}, {"metric": "f1"}], ids=str)
 def test_one_candidate_is_chosen_and_equal_ones_keep_their_order(options):
     reranker = MinimumBayesRisk(**options)
-    (only,) = rerank(Generated(SOURCE, candidates("x")), reranker, 1).candidates
+    (only,) = rerank([Generated(SOURCE, candidates("x"))], reranker, 1)[0].candidates
     assert only.text == "x"
     same = [Candidate("x y", score, [-1.0], True, []) for score in (3.0, 1.0, 2.0)]
-    found = rerank(Generated(SOURCE, same), reranker, 3).candidates
+    found = rerank([Generated(SOURCE, same)], reranker, 3)[0].candidates
     assert [one.score for one in found] == [3.0, 1.0, 2.0]
     assert len({one.rerank_score for one in found}) == 1
 
@@ -286,8 +287,8 @@ def test_the_channel_prefers_what_explains_the_source(noisy_channel):
     expected = [-2.5 / 3 + log_prob("c d", "a b", 8) / 3, -1.5 / 2 + log_prob("a", "a b", 8) / 3]
     expected.append(-3.5 / 4 + log_prob("a b c", "a b", 8) / 3)
     assert found == pytest.approx(expected, abs=1e-5)
-    results = rerank(Generated(Example("a b"), three("c d", "a", "a b c")), reranker, 2)
-    assert [one.text for one in results.candidates] == ["a b c", "a"]
+    (result,) = rerank([Generated(Example("a b"), three("c d", "a", "a b c"))], reranker, 2)
+    assert [one.text for one in result.candidates] == ["a b c", "a"]
 
 
 def test_weights_lengths_and_the_language_model(noisy_channel):
@@ -313,6 +314,23 @@ def test_a_source_longer_than_the_channel_judges_is_cut(noisy_channel):
     assert short(Example("a b c d a"), texts) == pytest.approx(long(Example("a b"), texts))
 
 
+def test_lines_are_judged_together_as_one_by_one_and_what_is_equal_once(noisy_channel, monkeypatch):
+    judged = []
+
+    def counted(bundle, examples, targets, longest):
+        judged.append(len(targets))
+        return likelihoods(bundle, examples, targets, longest)
+
+    monkeypatch.setattr("encdec_cli.reranking.noisy_channel.likelihoods", counted)
+    reranker = noisy_channel("channel=channel,lm=lm,lm_source=lm,weight_lm=0.5")
+    group = [("a b", ("c d", "a", "a")), ("d", ("b",)), ("c", ("a", "", "d d d d d"))]
+    lines_ = [Generated(Example(source), three(*texts)) for source, texts in group]
+    found = reranker.together(lines_)
+    assert judged == [6, 5]  # of seven; the language model reads the outputs alone, and three of them are "a"
+    for line, scores in zip(lines_, found, strict=True):
+        assert scores == pytest.approx(list(reranker(line.example, line.candidates)), abs=1e-5)
+
+
 # --- between the search and what is written ----------------------------------------------------------------------
 
 
@@ -326,16 +344,11 @@ class Shortest(Reranker):
 
 def test_candidates_are_ordered_cut_and_keep_their_own_score():
     given_ = candidates("aaa", "b", "cc", "d", chances=(0.4, 0.3, 0.2, 0.1))
-    found = rerank(Generated(SOURCE, given_, truncated=True), Shortest(), 3)
+    (found,) = rerank([Generated(SOURCE, given_, truncated=True)], Shortest(), 3)
     assert [one.text for one in found.candidates] == ["b", "d", "cc"]
     assert [one.rerank_score for one in found.candidates] == [-1, -1, -2]
     assert [one.score for one in found.candidates] == [math.log(chance) for chance in (0.3, 0.1, 0.2)]
     assert found.truncated
-
-
-def test_a_line_without_candidates_stays_empty():
-    empty = Generated(SOURCE, [])
-    assert rerank(empty, Shortest(), 5) == empty
 
 
 def test_all_hypotheses_of_the_search_are_offered(copy_run):
@@ -420,5 +433,6 @@ def test_the_reranker_of_the_page_works(tmp_path):
     (plugin,) = [block for block in blocks if "rerankers.register" in block]
     (tmp_path / "like_source.py").write_text(plugin, encoding="utf-8")
     namespace = runpy.run_path(str(tmp_path / "like_source.py"))
-    found = rerank(Generated(Example("abcd"), candidates("a", "ab", "abc")), namespace["LikeSource"](ratio=0.5), 2)
+    line = Generated(Example("abcd"), candidates("a", "ab", "abc"))
+    (found,) = rerank([line], namespace["LikeSource"](ratio=0.5), 2)
     assert [(one.text, one.rerank_score) for one in found.candidates] == [("ab", 0), ("a", -1)]

@@ -18,7 +18,7 @@ from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.generation.lines import Options, generate
 from encdec_cli.recipe import from_resolved
 from encdec_cli.registry import load_plugin, models
-from encdec_cli.testing import check, check_strategy
+from encdec_cli.testing import check
 from encdec_cli.text.example import Example
 from encdec_cli.text.options import TokenizerOptions
 from encdec_cli.text.units import Character
@@ -125,10 +125,6 @@ def test_a_sentence_that_has_ended_holds_nobody_up():
     found = speculate([model], draft, [[4, EOS], [5, EOS]], bounds(2, 8), draft_tokens=3)
     assert [one.tokens for (one,) in found] == [[], [A] * 8]
     assert [len(call) for call in model.calls] == [4, 4, 1, 4][: len(model.calls)]
-
-
-def test_it_obeys_the_laws_of_strategies_without_a_draft():
-    check_strategy(PLAIN)
 
 
 def test_the_tiny_recurrent_model_obeys_the_laws():

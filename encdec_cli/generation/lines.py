@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -102,6 +102,10 @@ class Generated:
         return next(iter(self.troubles), "ok")
 
 
+Finish = Callable[[Sequence[Generated]], Sequence[Generated]]
+"""What may be done with the results of lines that were decoded together; it returns one for each."""
+
+
 @dataclass
 class _Line:
     """A line on its way: its place in the window, its source ids, and in the end its result."""
@@ -128,9 +132,11 @@ def check_ensemble(bundles: Sequence[Bundle], ensemble: Ensemble) -> None:
 
 
 def generate(
-    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options
+    bundles: Sequence[Bundle], windows: Iterable[Sequence[Example]], options: Options, finish: Finish = list
 ) -> Generator[Generated, None, None]:
     """Decode windows of examples; yield one result for each example, in order, as batches finish.
+
+    Each batch goes through `finish` while the workers decode the next ones; lines with nothing to decode do not.
 
     Several bundles are an ensemble: each reads the source by its own task and tokenizer, the first writes the text.
     The text of a candidate never holds a line break.
@@ -145,7 +151,7 @@ def generate(
     with closing(_Decoder(search, options)) as decoder:
         for window in windows:
             lines, unreadable = _read_window(bundles, window, search.rules, before)
-            yield from _decode_lines(bundles[0], lines, decoder)
+            yield from _decode_lines(bundles[0], lines, decoder, finish)
             if unreadable:
                 raise unreadable
             before += len(window)
@@ -204,7 +210,7 @@ def _read(bundles: Sequence[Bundle], place: int, example: Example, rules: RuleBo
     return _Line(place, result, Job(kept[0], kept[1:], prefix, constraints))
 
 
-def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder) -> Iterator[Generated]:
+def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder, finish: Finish) -> Iterator[Generated]:
     options = decoder.options
     ready = [not line.job.source for line in lines]
     given = 0
@@ -213,10 +219,16 @@ def _decode_lines(bundle: Bundle, lines: Sequence[_Line], decoder: _Decoder) -> 
         for line, hypotheses in zip(groups[number], found, strict=True):
             line.result.candidates = [_candidate(bundle, line, h) for h in hypotheses]
             ready[line.place] = True
+        _finish(groups[number], finish)
         while given < len(lines) and ready[given]:
             yield lines[given].result
             given += 1
     yield from (line.result for line in lines[given:])
+
+
+def _finish(group: Sequence[_Line], finish: Finish) -> None:
+    for line, result in zip(group, finish([line.result for line in group]), strict=True):
+        line.result = result
 
 
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:

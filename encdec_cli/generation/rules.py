@@ -21,14 +21,12 @@ from encdec_cli.decoding.rules import (
 )
 from encdec_cli.decoding.stepper import NEVER_WRITTEN
 from encdec_cli.errors import DataError, UsageError
+from encdec_cli.generation.phrases import spellings
 from encdec_cli.tasks.task import optional_text
 from encdec_cli.text.example import Example
 from encdec_cli.text.lines import read_lines
 from encdec_cli.text.tokenizer import Tokenizer
 from encdec_cli.text.vocabulary import UNK
-
-_BEFORE = (("", ""), ("a", "a "), ("(", "("))
-"""What may stand before a phrase, without and with what separates them: nothing, a word, a bracket."""
 
 
 class RuleBook:
@@ -98,20 +96,6 @@ class RuleBook:
             rules.append(Banned([[UNK]], source.device))
         bonus = next((rule for rule in rules if isinstance(rule, Boosted)), None)
         return [Forced(prefixes, rules, source.device, bonus)] if any(prefixes) else rules
-
-
-def spellings(tokenizer: Tokenizer, phrase: str) -> list[list[int]]:
-    """Return the tokens of a phrase at the beginning of a line, after a word and after a bracket, each once.
-
-    One that has a token outside the vocabulary is left out, and one that ends with another.
-    """
-    found = []
-    for alone, joined in _BEFORE:
-        before, whole = tokenizer.encode(alone), tokenizer.encode(joined + phrase.strip())
-        tokens = whole[len(before) :]
-        if whole[: len(before)] == before and tokens and UNK not in tokens and tokens not in found:
-            found.append(tokens)
-    return [one for one in found if not any(one != other and one[-len(other) :] == other for other in found)]
 
 
 def _boosted(boosted: dict[str, float], tokenizer: Tokenizer) -> list[tuple[list[int], float]]:

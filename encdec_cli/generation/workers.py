@@ -70,9 +70,9 @@ class Workers:
             done = set(wait(busy))
             for pipe in busy:
                 if pipe in done:
-                    found = self._take(pipe)
-                    yield under_way[pipe].pop(0), found
-                    self._give(pipe, waiting, under_way)
+                    number, found = under_way[pipe].pop(0), self._take(pipe)
+                    self._give(pipe, waiting, under_way)  # first, for what is done with the results may take long
+                    yield number, found
 
     def close(self) -> None:
         """End the processes, whatever they are at."""

@@ -12,7 +12,7 @@ import numpy as np
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.evaluation.likelihood import likelihoods
 from encdec_cli.evaluation.metrics import FloatArray
-from encdec_cli.generation.lines import Candidate
+from encdec_cli.generation.lines import Candidate, Generated
 from encdec_cli.reranking.reranker import Reranker
 from encdec_cli.text.example import Example
 
@@ -53,18 +53,30 @@ class NoisyChannel(Reranker):
 
     def __call__(self, example: Example, candidates: Sequence[Candidate]) -> list[float]:
         """Return the weighted sum of the log-probabilities of each candidate."""
+        return self.together([Generated(example, list(candidates))])[0]
+
+    def together(self, lines: Sequence[Generated]) -> list[list[float]]:
+        """Return the same for several lines: each model reads what it judges of all of them in its own batches."""
+        candidates = [candidate for line in lines for candidate in line.candidates]
         texts = [candidate.text for candidate in candidates]
-        channel, length = self._judge(self._channel, texts, [example.source] * len(texts))
+        sources = [line.example.source for line in lines for _ in line.candidates]
+        channel, length = _judge(self._channel, texts, sources)
         others = self.weight_channel * channel
         if self._lm is not None:
-            others += self.weight_lm * self._judge(self._lm, [self.lm_source] * len(texts), texts)[0]
+            others += self.weight_lm * _judge(self._lm, [self.lm_source] * len(texts), texts)[0]
         own = np.array([math.fsum(candidate.token_scores) for candidate in candidates])
         # An output that was cut before its first token has none.
         written = np.array([max(1.0, len(candidate.token_scores)) for candidate in candidates])
-        scores = own / written**self.length_penalty + others / length**self.length_penalty
-        return [float(score) for score in scores]
+        scores = iter((own / written**self.length_penalty + others / length**self.length_penalty).tolist())
+        return [[next(scores) for _ in line.candidates] for line in lines]
 
-    def _judge(self, bundle: Bundle, sources: Sequence[str], targets: Sequence[str]) -> tuple[FloatArray, FloatArray]:
-        """Return the log-probability of each target and its tokens with EOS, both [targets]."""
-        examples = [bundle.task.read(source) for source in sources]
-        return likelihoods(bundle, examples, targets, bundle.longest_target)
+
+def _judge(bundle: Bundle, sources: Sequence[str], targets: Sequence[str]) -> tuple[FloatArray, FloatArray]:
+    """Return the log-probability of each target and its tokens with EOS, both [targets]."""
+    # Samples are often the same, and each pair need be judged once.
+    pairs = list(zip(sources, targets, strict=True))
+    places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+    examples = [bundle.task.read(source) for source, _ in places]
+    scores, lengths = likelihoods(bundle, examples, [target for _, target in places], bundle.longest_target)
+    rows = [places[pair] for pair in pairs]
+    return scores[rows], lengths[rows]

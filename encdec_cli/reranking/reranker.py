@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,15 +27,24 @@ class Reranker:
     def __call__(self, example: Example, candidates: Sequence[Candidate]) -> Sequence[float]:
         """Return a score for each candidate of one line, the highest for the best. There is at least one."""
 
+    def together(self, lines: Sequence[Generated]) -> Sequence[Sequence[float]]:
+        """Return the scores of the candidates of each of some lines, which have been decoded together.
 
-def rerank(result: Generated, reranker: Reranker, n_best: int) -> Generated:
-    """Return the result with its `n_best` best candidates by the reranker; equal ones keep their order."""
-    if not result.candidates:
-        return result
-    scores = reranker(result.example, result.candidates)
-    scored = [replace(one, rerank_score=score) for one, score in zip(result.candidates, scores, strict=True)]
+        One that asks models overrides it, so that they read larger batches.
+        """
+        return [self(line.example, line.candidates) for line in lines]
+
+
+def rerank(lines: Sequence[Generated], reranker: Reranker, n_best: int) -> list[Generated]:
+    """Return each line with its `n_best` best candidates by the reranker; equal ones keep their order."""
+    scores = reranker.together(lines)
+    return [_ordered(line, row, n_best) for line, row in zip(lines, scores, strict=True)]
+
+
+def _ordered(line: Generated, scores: Sequence[float], n_best: int) -> Generated:
+    scored = [replace(one, rerank_score=score) for one, score in zip(line.candidates, scores, strict=True)]
     order = sorted(range(len(scored)), key=lambda place: -scores[place])
-    return replace(result, candidates=[scored[place] for place in order[:n_best]])
+    return replace(line, candidates=[scored[place] for place in order[:n_best]])
 
 
 def decode(
@@ -62,6 +70,4 @@ def generate_reranked(
 ) -> Generator[Generated, None, None]:
     """Decode like `generate`, with all `strategy.beam` candidates of a line for the reranker to choose among."""
     everything = replace(options, n_best=options.strategy.beam)
-    with closing(generate(bundles, windows, everything)) as results:
-        for result in results:
-            yield rerank(result, reranker, options.n_best)
+    return generate(bundles, windows, everything, lambda lines: rerank(lines, reranker, options.n_best))

@@ -1,30 +1,17 @@
-"""The laws that every model and every strategy must obey, for our own tests and for the authors of plugins.
-
-One line checks a model, `encdec_cli.testing.check(Gru)`, and one a strategy,
-`encdec_cli.testing.check_strategy(Coin())`.
-"""
+"""The laws of models."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from encdec_cli.decoding.force import score_targets
-from encdec_cli.decoding.forced import Forced
-from encdec_cli.decoding.hypothesis import Hypothesis, Limits, Strategy
-from encdec_cli.decoding.rules import NoRepeatNgram, Rule
-from encdec_cli.decoding.stepper import Stepper
 from encdec_cli.errors import UsageError
-from encdec_cli.models.model import Croppable, Memory, Model
+from encdec_cli.models.model import Croppable, Model
 
-BOS, EOS = 2, 3
-SPECIAL = 3
-"""Padding, unknown, BOS and EOS are the ids up to this one."""
 SMALL = {
     **dict.fromkeys(("d_model", "hidden", "dim", "width", "embedding", "channels", "feed_forward"), 16),
     **dict.fromkeys(("layers", "encoder_layers", "decoder_layers", "heads"), 2),
@@ -91,13 +78,14 @@ def check(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        built = _small(model, source_vocab, target_vocab) if isinstance(model, type) else model()
+        built = small(model, source_vocab, target_vocab) if isinstance(model, type) else model()
         case = make_case(built, (source_vocab, target_vocab), seed, tolerance)
         for law in LAWS:
             law(case)
 
 
-def _small(model: type[Any], source_vocab: int, target_vocab: int) -> Model:
+def small(model: type[Any], source_vocab: int, target_vocab: int) -> Model:
+    """Build a model with the sizes of SMALL, with random weights."""
     schema: Any = model.Config
     if not is_dataclass(schema):
         raise LawError(f"{model.__name__}.Config must be a dataclass: its fields are the keys of a recipe.")
@@ -272,105 +260,3 @@ LAWS: tuple[Callable[[Case], None], ...] = (
     gradients,
 )
 """Every law of models, in the order in which `check` tries them."""
-
-
-@dataclass
-class _SumState:
-    total: Tensor
-    beam: int
-
-    def reorder(self, rows: Tensor) -> None:
-        self.total = self.total[rows]
-
-
-class _Sum(Model):
-    """A model without layers: its state is the sum of a vector for the source and one for each token so far."""
-
-    def __init__(self, vocab: int, random: torch.Generator) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(torch.randn(vocab, 8, generator=random), requires_grad=False)
-        self.output = nn.Parameter(torch.randn(8, vocab, generator=random), requires_grad=False)
-
-    def encode(self, source: Tensor, mask: Tensor) -> Memory:
-        return Memory(self.vectors[source] * mask[..., None], mask)
-
-    def start(self, memory: Memory, beam: int = 1) -> _SumState:
-        return _SumState(memory.states.sum(dim=1).repeat_interleave(beam, dim=0), beam)
-
-    def decode(self, tokens: Tensor, state: _SumState) -> Tensor:  # type: ignore[override]
-        sums = state.total[:, None] + self.vectors[tokens].cumsum(dim=1)
-        state.total = sums[:, -1]
-        return sums.sin()
-
-    def project(self, hidden: Tensor) -> Tensor:
-        return hidden @ self.output
-
-
-def check_strategy(strategy: Strategy, seed: int = 0, tolerance: float = 1e-4) -> None:
-    """Try every law on a strategy, with random models; raise LawError with the law's sentence if one does not hold.
-
-    The laws: one to `beam` hypotheses a sentence, best first (finished before cut), within the limits, without special
-    tokens; their scores are the model's, so teacher forcing finds the same; padding and batch mates change nothing;
-    rules are obeyed.
-    """
-    for vocab in (7, 19):
-        random = torch.Generator().manual_seed(seed)
-        case = make_case(_Sum(vocab, random), (vocab, vocab), seed, tolerance)
-        limits = Limits(torch.tensor([1, 2, 0, 3]), torch.tensor([1, 9, 5, 3]))
-        found = _search(strategy, case, [0, 1, 2, 3], limits)
-        if len(found) != 4:
-            raise LawError(f"a strategy must return a list for each sentence: 4 expected, {len(found)} found.")
-        for sentence, hypotheses in enumerate(found):
-            _legal(strategy, hypotheses, int(limits.minimum[sentence]), int(limits.maximum[sentence]))
-            for hypothesis in hypotheses:
-                _scored_by_the_model(case, sentence, hypothesis)
-            for mates in ([sentence], [3, sentence]):
-                again = _search(strategy, case, mates, limits)[-1]
-                if [one.tokens for one in again] != [one.tokens for one in hypotheses]:
-                    raise LawError("padding and the other sentences of the batch must not change a sentence's outputs.")
-        _obedient(strategy, case, limits)
-
-
-def _obedient(strategy: Strategy, case: Case, limits: Limits) -> None:
-    """Law: no token is written twice and prefixes are kept, where rules say so."""
-    prefixes = [[], [5, 4], [], [6]]
-    rule = Forced(prefixes, [NoRepeatNgram(1)], case.source.device)
-    for sentence, hypotheses in enumerate(_search(strategy, case, [0, 1, 2, 3], limits, [rule])):
-        for hypothesis in hypotheses:
-            tokens, prefix = hypothesis.tokens, prefixes[sentence]
-            if tokens[: len(prefix)] != prefix or len(set(tokens)) < len(tokens):
-                raise LawError(f"a strategy must obey its rules: {tokens} must begin with {prefix}, no token twice.")
-            _scored_by_the_model(case, sentence, hypothesis)
-
-
-@torch.inference_mode()
-def _search(
-    strategy: Strategy, case: Case, sentences: list[int], limits: Limits, rules: Sequence[Rule] = ()
-) -> list[list[Hypothesis]]:
-    longest = int(case.mask[sentences].sum(dim=1).max())
-    source, mask = case.source[sentences, :longest], case.mask[sentences, :longest]
-    stepper = Stepper([case.model], source, mask, strategy.rows)
-    return strategy(stepper, Limits(limits.minimum[sentences], limits.maximum[sentences]), rules)
-
-
-def _legal(strategy: Strategy, hypotheses: list[Hypothesis], minimum: int, maximum: int) -> None:
-    if not 1 <= len(hypotheses) <= strategy.beam:
-        raise LawError(f"one to {strategy.beam} hypotheses a sentence expected, {len(hypotheses)} found.")
-    ranks = [(hypothesis.finished, hypothesis.score) for hypothesis in hypotheses]
-    if any(before < after for before, after in pairwise(ranks)):
-        raise LawError("the hypotheses of a sentence must stand best first, those that end before those that were cut.")
-    for hypothesis in hypotheses:
-        length = len(hypothesis.tokens)
-        if not minimum <= length <= maximum:
-            raise LawError(f"{minimum} to {maximum} tokens expected by the limits, {length} found.")
-        if not hypothesis.finished and length < maximum:
-            raise LawError(f"an output of {length} tokens that may have {maximum} must end with EOS.")
-        if any(token <= SPECIAL for token in hypothesis.tokens):
-            raise LawError(f"an output must not hold padding, unknown, BOS or EOS: {hypothesis.tokens}.")
-
-
-def _scored_by_the_model(case: Case, sentence: int, hypothesis: Hypothesis) -> None:
-    """Law: a search's scores are those of teacher forcing."""
-    target = torch.tensor([[BOS, *hypothesis.tokens, *[EOS] * hypothesis.finished]])
-    scores = score_targets([case.model], case.source[[sentence]], case.mask[[sentence]], target)[0]
-    case.expect(torch.tensor(hypothesis.token_scores), scores, "token scores must be those of teacher forcing")
