@@ -191,7 +191,7 @@ def test_the_order_of_the_candidates_does_not_part_equal_utilities():
         ("mbr,metric=rouge,aggregate=true", "rouge1: this metric has no n-gram counts to average"),
         ("mbr,weights=equal", "weights"),
         ("mrb", "no reranker 'mrb' among mbr, noisy_channel"),
-        ("noisy_channel", "channel"),
+        ("noisy_channel", "channel: name a model of the reverse direction, or a language model by lm"),
         ("noisy_channel,channel=x,lm=y", "lm_source: goes with lm"),
         ("noisy_channel,channel=x,lm_source=y", "goes with lm"),
     ],
@@ -303,6 +303,12 @@ def test_weights_lengths_and_the_language_model(noisy_channel):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_language_model_alone_reranks_too(noisy_channel):
+    found = noisy_channel("lm=lm,lm_source=lm,weight_lm=0.25")(Example("a b"), three("a", "c d"))
+    expected = [-1.5 / 2 + 0.25 * log_prob("lm", "a", 9) / 2, -2.5 / 3 + 0.25 * log_prob("lm", "c d", 9) / 3]
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_weights_of_0_leave_the_models_own_order(noisy_channel):
     reranker = noisy_channel("channel=channel,weight_channel=0")
     assert reranker(Example("a b"), three("a", "c d")) == pytest.approx([-1.5 / 2, -2.5 / 3])
@@ -326,7 +332,7 @@ def test_lines_are_judged_together_as_one_by_one_and_what_is_equal_once(noisy_ch
     group = [("a b", ("c d", "a", "a")), ("d", ("b",)), ("c", ("a", "", "d d d d d"))]
     lines_ = [Generated(Example(source), three(*texts)) for source, texts in group]
     found = reranker.together(lines_)
-    assert judged == [6, 5]  # of seven; the language model reads the outputs alone, and three of them are "a"
+    assert judged == [5, 6]  # of seven; the language model reads the outputs alone, and three of them are "a"
     for line, scores in zip(lines_, found, strict=True):
         assert scores == pytest.approx(list(reranker(line.example, line.candidates)), abs=1e-5)
 

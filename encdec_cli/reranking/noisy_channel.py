@@ -22,10 +22,11 @@ class NoisyChannel(Reranker):
     """Order outputs y of a source x by log p(y|x) / t + (weight_channel log p(x|y) + weight_lm log p(y)) / s.
 
     t is the number of y's tokens, s that of x's, EOS included (Yee et al. 2019, https://arxiv.org/abs/1908.05731).
-    p(y|x) is the model's own, p(x|y) that of the channel model, p(y) that of the language model.
+    p(y|x) is the model's own, p(x|y) that of the channel model, p(y) that of the language model. Without a channel model
+    it is reranking by the language model alone, and s is the number of y's tokens by that.
     """
 
-    channel: Path
+    channel: Path | None = None
     """A model of the reverse direction: a bundle or a run; it reads the output and judges the source."""
     weight_channel: float = 1.0
     """What log p(x|y) counts beside log p(y|x)."""
@@ -43,12 +44,14 @@ class NoisyChannel(Reranker):
         for key in ("weight_channel", "weight_lm", "length_penalty"):
             if not math.isfinite(vars(self)[key]):
                 raise ValueError(f"{key}: {vars(self)[key]} is no finite number.")
+        if self.channel is None and self.lm is None:
+            raise ValueError("channel: name a model of the reverse direction, or a language model by lm, or both.")
         if (self.lm is None) != (not self.lm_source.strip()):
             raise ValueError("lm_source: goes with lm, and is the line that was every source of its training data.")
 
     def load(self, device: str) -> None:
         """Load the channel model and the language model."""
-        self._channel = Bundle.load(self.channel, device)
+        self._channel = None if self.channel is None else Bundle.load(self.channel, device)
         self._lm = None if self.lm is None else Bundle.load(self.lm, device)
 
     def __call__(self, example: Example, candidates: Sequence[Candidate]) -> list[float]:
@@ -60,10 +63,13 @@ class NoisyChannel(Reranker):
         candidates = [candidate for line in lines for candidate in line.candidates]
         texts = [candidate.text for candidate in candidates]
         sources = [line.example.source for line in lines for _ in line.candidates]
-        channel, length = _judge(self._channel, texts, sources)
-        others = self.weight_channel * channel
+        others, length = np.zeros(len(texts)), np.ones(len(texts))
         if self._lm is not None:
-            others += self.weight_lm * _judge(self._lm, [self.lm_source] * len(texts), texts)[0]
+            language, length = _judge(self._lm, [self.lm_source] * len(texts), texts)
+            others += self.weight_lm * language
+        if self._channel is not None:
+            channel, length = _judge(self._channel, texts, sources)
+            others += self.weight_channel * channel
         own = np.array([math.fsum(candidate.token_scores) for candidate in candidates])
         # An output that was cut before its first token has none.
         written = np.array([max(1.0, len(candidate.token_scores)) for candidate in candidates])
