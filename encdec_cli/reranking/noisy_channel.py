@@ -22,8 +22,8 @@ class NoisyChannel(Reranker):
     """Order outputs y of a source x by log p(y|x) / t + (weight_channel log p(x|y) + weight_lm log p(y)) / s.
 
     t is the number of y's tokens, s that of x's, EOS included (Yee et al. 2019, https://arxiv.org/abs/1908.05731).
-    p(y|x) is the model's own, p(x|y) that of the channel model, p(y) that of the language model. Without a channel model
-    it is reranking by the language model alone, and s is the number of y's tokens by that.
+    p(y|x) is the model's own, p(x|y) that of the channel model, p(y) that of the language model. Without a channel
+    model it is reranking by the language model alone, and s is the number of y's tokens by that.
     """
 
     channel: Path | None = None
