@@ -108,7 +108,7 @@ PrecisionOption = Annotated[
     typer.Option(
         "--precision",
         metavar="|".join(Precision),
-        help="bf16 is faster where the machine multiplies it fast; int8 keeps large matrices in 8 bits.",
+        help="bf16 is faster where the machine multiplies it fast; int8 keeps matrices in 8 bits.",
     ),
 ]
 

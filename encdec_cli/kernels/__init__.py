@@ -100,7 +100,7 @@ def part(
     ending = torch.empty((slots, width), dtype=torch.bool)
     given = [one.data_ptr() for one in (*best, before)]
     places = [one.data_ptr() for one in (totals, parents, tokens, ending)]
-    found: int = function("part")(*given, slots, k, width, eos, *places, False)
+    found: int = function("part")(*given, slots, k, width, eos, *places)
     return (totals, parents, tokens), ending, found
 
 

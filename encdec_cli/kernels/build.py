@@ -24,9 +24,12 @@ from encdec_cli.errors import ResourceError
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 # Nothing that lets sums change their order: rows must not depend on how many there are.
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w", "-DCHUNK=64")
-CHUNK = int(FLAGS[-1].split("=")[1])
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
+CHUNK = 64
 """Logits under one maximum."""
+PANEL = 64
+"""Outputs whose weights lie together."""
+_SIZES = (f"-DCHUNK={CHUNK}", f"-DPANEL={PANEL}")
 _ONE_AT_A_TIME = Lock()
 
 
@@ -50,14 +53,14 @@ def _loaded() -> ctypes.CDLL | None:
     compiler = shlex.split(os.environ.get("CC", "cc"))
     if not compiler:
         return None
-    facts = [*(source.read_text() for source in SOURCES), *FLAGS, *compiler, platform.machine(), _processor()]
+    facts = [*(source.read_text() for source in SOURCES), *FLAGS, *_SIZES, *compiler, platform.machine(), _processor()]
     kept = cache_folder() / f"kernels-{hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}.so"
     with suppress(OSError):
         return _with_types(ctypes.CDLL(str(kept)))
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / kept.name
         written = [str(source) for source in SOURCES if source.suffix == ".c"]
-        command = [*compiler, *FLAGS, *written, "-o", str(made), "-lm"]
+        command = [*compiler, *FLAGS, *_SIZES, *written, "-o", str(made), "-lm"]
         subprocess.run(command, check=True, timeout=120, stdin=subprocess.DEVNULL, capture_output=True)  # noqa: S603
         found = _with_types(ctypes.CDLL(str(made)))
         with suppress(ResourceError):  # then the next process compiles again
@@ -69,7 +72,6 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, types in {
         "scan": [pointer, number, number, pointer, pointer, pointer, number],
-        "part": [pointer] * 4 + [number] * 4 + [pointer] * 4,
         "candidates": [pointer] * 4 + [number] * 4 + [pointer] * 3,
         "product": [pointer, number, pointer, pointer, pointer, number, number, flag],
         "decoder_layer": [pointer, pointer],
@@ -80,7 +82,7 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         function = getattr(found, name)
         function.argtypes, function.restype = [*types, flag], None  # type: ignore[misc]
     found.has_product.argtypes, found.has_product.restype = [number], flag
-    found.part.restype = flag
+    found.part.argtypes, found.part.restype = [*[pointer] * 4, *[number] * 4, *[pointer] * 4], flag
     return found
 
 

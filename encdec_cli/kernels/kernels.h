@@ -16,18 +16,18 @@ struct attention {
 /* A matrix [outputs, inputs] by which rows are multiplied: its kind, and its numbers as `product` reads them. */
 enum { FLOATS, BFLOATS, LEVELS };
 struct matrix {
-    int64_t kind, depth, outputs, panels; /* depth: the bytes of a row over 4; panels: of 64 outputs */
-    const void *weights;    /* [panels, depth, 64, 4 bytes] */
-    const float *bias;      /* [panels x 64], or NULL */
+    int64_t kind, depth, outputs, panels; /* depth: the bytes of a row over 4; panels: of PANEL outputs */
+    const void *weights;    /* [panels, depth, PANEL, 4 bytes] */
+    const float *bias;      /* [panels x PANEL], or NULL */
     const float *scales;    /* of LEVELS: what one of 127 levels stands for, for each output */
     const int32_t *offsets; /* of LEVELS: 128 times the sum of the levels, for each output */
 };
 
 int has_product(int64_t kind);
 
-/* To out [rows, outputs] x [rows, inputs] times the matrix, plus its bias, not below 0 if `relu`, plus `added` (of out's
- * shape, or NULL), for the outputs of the panels from `first` to before `last`. x, added and out: of FLOATS float, of
- * BFLOATS bfloat16, of LEVELS either, and then each row of x is rounded to 127 levels of its largest number. */
+/* To out [rows, outputs] x [rows, inputs] times the matrix, plus its bias, not below 0 if `relu`, plus `added` (of the
+ * shape of out, or NULL), for the outputs of the panels from `first` to before `last`. x, added and out: of FLOATS
+ * float, of BFLOATS bfloat16, of LEVELS either: then each row of x is rounded to 127 levels of its largest number. */
 void product(const void *x, int64_t rows, const struct matrix *m, const void *added, void *out, int64_t first,
              int64_t last, int relu, int bf16);
 
@@ -67,7 +67,9 @@ struct step {
     const void *source_keys, *source_values; /* [rows / source_rows, heads, source_length, width] */
 
     const void *source_bias; /* [rows / source_rows, source_length]; NULL for none */
-    /* Of an encoder `source_rows` are the tokens of a source, and `turns` has those of all its positions. */
+    /* Of an encoder `source_rows` are the tokens of a source, `turns` has those of all its positions, and so many rows
+     * pass through the layer together, so that what they need stays in the cache; `scratch` has room for them. */
+    int64_t block;
 };
 
 void decoder_layer(const struct layer *l, const struct step *s, int bf16);

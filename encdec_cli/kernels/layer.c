@@ -5,8 +5,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#define BLOCK 256 /* rows of an encoder that pass through a layer together: what they need stays in the cache */
-
 /* The sigmoid of numbers of any sign, without overflow. */
 INLINE floats sigmoid(floats x) {
     floats magnitude = (floats)((ints)x & 0x7fffffff), e = exponential(-magnitude), share = 1 / (1 + e);
@@ -72,8 +70,8 @@ INLINE void store(const struct layer *l, const struct step *s, void *joined, int
     }
 }
 
-static void multiply(const struct matrix *m, const void *x, const struct step *s, const void *added, void *out, int relu,
-                     int bf16) {
+static void multiply(const struct matrix *m, const void *x, const struct step *s, const void *added, void *out,
+                     int relu, int bf16) {
     product(x, s->rows, m, added, out, 0, m->panels, relu, bf16);
 }
 
@@ -131,8 +129,7 @@ void decoder_layer(const struct layer *l, const struct step *s, int bf16) {
 }
 
 void encoder_layer(const struct layer *l, const struct step *s, int bf16) {
-    int64_t dim = l->heads * l->width, length = s->source_rows, block = length > BLOCK ? 1 : BLOCK / length;
-    if (block > s->rows / length) block = s->rows / length;
+    int64_t dim = l->heads * l->width, length = s->source_rows, block = s->block / length;
     void *mixed = (void *)at(s->scratch, block * length * dim, bf16);
     void *wide = (void *)at(s->scratch, block * length * dim * 2, bf16);
     for (int64_t sentence = 0; sentence < s->rows / length; sentence += block) {

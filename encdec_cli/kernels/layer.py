@@ -15,7 +15,7 @@ from encdec_cli.kernels.matrix import SHARED_OUT, Matrix, Struct
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
 BLOCK = 256
-"""Rows of an encoder that pass through a layer together."""
+"""About so many rows of an encoder pass through a layer together."""
 LONGEST = 64
 """Longer sources are faster with torch's attention."""
 _MATRICES = ("joined", "output", "query", "cross_output", "inner", "outer")
@@ -73,6 +73,7 @@ class _Step(ctypes.Structure):
         ("turns", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("source_rows", "source_length")),
         *((name, ctypes.c_void_p) for name in ("source_keys", "source_values", "source_bias")),
+        ("block", ctypes.c_int64),
     )
 
 
@@ -124,8 +125,9 @@ class EncoderLayer(_Kernel):
         positions, [src_len, 2, width / 2]; None without rotary positions.
         """
         length = x.shape[1]
-        scratch = x.new_empty(min(max(length, BLOCK), len(x) * length) * self._width)
-        step = _Step(len(x) * length, x.data_ptr(), scratch.data_ptr(), source_rows=length)
+        block = length * min(max(1, BLOCK // length), len(x))
+        scratch = x.new_empty(block * self._width)
+        step = _Step(len(x) * length, x.data_ptr(), scratch.data_ptr(), source_rows=length, block=block)
         step.source_bias = None if bias is None else bias.data_ptr()
         step.turns = None if turns is None else turns.data_ptr()
         function("encoder_layer")(self._place, ctypes.addressof(step), x.dtype == torch.bfloat16)

@@ -10,10 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from encdec_cli.kernels.build import function, library
+from encdec_cli.kernels.build import PANEL, function, library
 
-PANEL = 64
-"""Outputs whose weights lie together."""
 SHARED_OUT = 1 << 24
 """From this many multiplications on, about 50 microseconds, a product is shared out over torch's threads."""
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}

@@ -8,9 +8,8 @@
 #include "vectors.h"
 
 #define ROWS 6
-#define VECTORS 4
-#define PANEL (16 * VECTORS) /* outputs */
-#define BLOCK (1 << 18)      /* bytes of rows that stay in the cache while all of the matrix passes */
+#define VECTORS (PANEL / 16)
+#define BLOCK (1 << 18) /* bytes of rows that stay in the cache while all of the matrix passes */
 
 INLINE void quantise_row(const void *row, int64_t width, uint8_t *levels, float *scale, int bf16) {
     /* Without their sign, floats are in the order of their bits, and what is no number is above all. */
@@ -119,7 +118,8 @@ INLINE void tile(const int32_t *x, const float *scales, const struct matrix *m, 
             void *to = (void *)at(out, r * m->outputs + place, bf16);
             const void *from = added ? at(added, r * m->outputs + place, bf16) : 0;
             if (bf16) {
-                if (from) y += (floats)(__builtin_convertvector((shorts)_mm256_maskz_loadu_epi16(mask, from), words) << 16);
+                shorts more = from ? (shorts)_mm256_maskz_loadu_epi16(mask, from) : (shorts){0};
+                y += (floats)(__builtin_convertvector(more, words) << 16);
                 _mm256_mask_storeu_epi16(to, mask, rounded(y));
             } else {
                 if (from) y += (floats)_mm512_maskz_loadu_ps(mask, from);

@@ -101,11 +101,12 @@ void candidates(const void *logits, const float *normaliser, const float *maxima
         for (int64_t i = 0; normaliser[row] != normaliser[row] && i < k; i++) values[row / beam * k + i] = NAN;
 }
 
-/* To going, from and with [slots, width] the totals, rows and tokens of the first `width` of each slot's k continuations
- * that do not end, in their order; where there are fewer, those that end fill up. `ending` [slots, width]: which of the first `width` end. Returns 1 if any
- * does, plus 2 if none is left to a slot that had some before, plus 4 if a row goes on elsewhere than where it stands. */
+/* To going, from and with [slots, width] the totals, rows and tokens of the first `width` of each slot's k
+ * continuations that do not end, in their order; where there are fewer, those that end fill up. To ending
+ * [slots, width] which of the first `width` end. Returns 1 if any does, plus 2 if a slot has nothing left though it had something (`before`, its
+ * totals so far [slots, width]), plus 4 if a row goes on elsewhere than where it stands. */
 int part(const float *totals, const int64_t *parents, const int64_t *tokens, const float *before, int64_t slots,
-         int64_t k, int64_t width, int64_t eos, float *going, int64_t *from, int64_t *with, uint8_t *ending, int unused) {
+         int64_t k, int64_t width, int64_t eos, float *going, int64_t *from, int64_t *with, uint8_t *ending) {
     int found = 0;
     for (int64_t slot = 0; slot < slots; slot++) {
         int64_t count = 0;

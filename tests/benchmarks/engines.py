@@ -22,7 +22,6 @@ from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.cli.models import load_bundles
 from encdec_cli.data.batch import collate
 from encdec_cli.decoding.beam import Beam
-from encdec_cli.decoding.hypothesis import length_of
 from encdec_cli.generation.lines import Options, generate
 from encdec_cli.text.example import Example
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, UNK
@@ -31,6 +30,8 @@ from .plain import Cached, PlainTransformer, beam_search
 from .speed import plain_weights
 
 LENGTH_PENALTY = 1.0
+LONGEST = 200
+"""Most tokens of an output."""
 Run = Callable[[Sequence[str]], tuple[list[str], int]]
 """From lines to outputs and the number of their tokens, EOS left aside."""
 
@@ -57,7 +58,7 @@ def ours(options: argparse.Namespace) -> Run:
     """Return `encdec generate`."""
     (bundle,) = load_bundles([options.model], "cpu", [], options.precision)
     torch.set_num_threads(options.cores)
-    strategy = Beam(beam=options.beam, length_penalty=LENGTH_PENALTY)
+    strategy = Beam(beam=options.beam, length_penalty=LENGTH_PENALTY, max_length=LONGEST)
     settings = Options(strategy, batch=options.batch, workers=options.cores)
     given: list[Sequence[str]] = []
     # One long search, as of one long file: the workers stay, like the threads of the other engines.
@@ -91,7 +92,7 @@ def ctranslate2_engine(options: argparse.Namespace) -> Run:
             beam_size=options.beam,
             length_penalty=LENGTH_PENALTY,
             max_input_length=0,
-            max_decoding_length=200,
+            max_decoding_length=LONGEST,
             return_end_token=True,
             disable_unk=True,
             suppress_sequences=[["<pad>"], ["<s>"]],
@@ -116,7 +117,7 @@ def huggingface_engine(options: argparse.Namespace) -> Run:
         num_beams=options.beam,
         length_penalty=LENGTH_PENALTY,
         early_stopping=True,
-        max_new_tokens=200,
+        max_new_tokens=LONGEST,
         suppress_tokens=[PAD, UNK, BOS],
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -141,7 +142,7 @@ def plain_engine(options: argparse.Namespace) -> Run:
     model.eval()
 
     def search(ids: Tensor) -> list[list[int]]:
-        maximum = [length_of("2x+20", length - 1) for length in (ids != PAD).sum(1).tolist()]
+        maximum = [LONGEST] * len(ids)
         return beam_search(Cached(model, ids, options.beam), len(ids), options.beam, maximum)
 
     return by_batches(bundle, options.batch, search)
