@@ -237,7 +237,7 @@ def _finish(group: Sequence[_Line], finish: Finish) -> None:
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
     """Cut the lines, longest first, into groups of at most `batch` sentences and a bounded number of tokens."""
     lines = sorted(lines, key=lambda line: (-len(line.job.source), line.place))
-    # Few lines are shared out evenly; of more, each worker gets some groups, so that none waits long for another's last.
+    # Few lines are shared out evenly; of more, each worker gets some groups, so that none waits long for another.
     each = -(-len(lines) // options.workers)
     batch = min(options.batch, max(1, -(-each // GROUPS), min(each, FEW)))
     if options.exact:  # computed alone: kernels are chosen by the size of a batch
