@@ -63,7 +63,8 @@ class NoisyChannel(Reranker):
         candidates = [candidate for line in lines for candidate in line.candidates]
         texts = [candidate.text for candidate in candidates]
         sources = [line.example.source for line in lines for _ in line.candidates]
-        others, length = np.zeros(len(texts)), np.ones(len(texts))
+        others: FloatArray = np.zeros(len(texts))
+        length: FloatArray = np.ones(len(texts))
         if self._lm is not None:
             language, length = _judge(self._lm, [self.lm_source] * len(texts), texts)
             others += self.weight_lm * language
