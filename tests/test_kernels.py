@@ -263,3 +263,6 @@ def test_views_and_keys_that_broadcast_give_what_torch_gives(without):
 def test_the_command_needs_no_compiler(copy_run):
     done = encdec("generate", "--model", copy_run, stdin="1 2 3\n4 5\n", CC="")
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 2 3\n4 5\n", "")
+    done = encdec("generate", "--model", copy_run, stdin="1 2 3\n", CC="no-such-compiler")
+    assert (done.returncode, done.stdout) == (0, "1 2 3\n")
+    assert done.stderr.startswith("note: no C compiler works here")

@@ -193,6 +193,7 @@ def test_the_order_of_the_candidates_does_not_part_equal_utilities():
         ("mrb", "no reranker 'mrb' among mbr, noisy_channel"),
         ("noisy_channel", "channel: name a model of the reverse direction, or a language model by lm"),
         ("noisy_channel,channel=x,lm=y", "lm_source: goes with lm"),
+        ("noisy_channel,channel=x,weight_lm=3", "weight_lm: goes with lm"),
         ("noisy_channel,channel=x,lm_source=y", "goes with lm"),
     ],
 )

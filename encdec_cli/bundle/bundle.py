@@ -162,7 +162,10 @@ def load_alike(what: str, path: Path, bundle: Bundle) -> Bundle:
 
     Raises BundleError, which begins with `what`, where the vocabularies are others or positions are lacking.
     """
-    found = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
+    try:
+        found = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
+    except BundleError as error:
+        raise BundleError(f"{what} {error}") from error
     for side, ours, theirs in (("source", bundle.source, found.source), ("target", bundle.target, found.target)):
         if ours.vocabulary.sha256 != theirs.vocabulary.sha256:
             raise BundleError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +28,11 @@ def load_bundles(
     named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32", packed: bool = True
 ) -> list[Bundle]:
     """Load the named models, or the default one; `packed` for decoding alone."""
+    import torch
+
     from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.cli import console
+    from encdec_cli.kernels import library
     from encdec_cli.models.packed import pack
     from encdec_cli.registry import load_plugins
     from encdec_cli.training.machine import check_device, use_threads
@@ -48,6 +52,8 @@ def load_bundles(
     bundles = [Bundle.load(path, device, dtype) for path in paths]
     for bundle in bundles if packed else ():
         pack(bundle.model, quantised)
+    if packed and torch.device(device).type == "cpu" and library() is None and os.environ.get("CC", "cc").strip():
+        console.say("note: no C compiler works here (cc, or what CC names), which makes decoding several times slower")
     return bundles
 
 

@@ -48,11 +48,11 @@ def measure(bundle: Bundle, precision: str, options: Options, examples: Sequence
 
 
 def on_front(point: Point, points: Sequence[Point], higher_is_better: bool) -> bool:
-    """Tell whether no other point is both faster and better."""
+    """Tell whether no other point is as fast and as good, and one of both more so."""
     sign = 1 if higher_is_better else -1
-    return not any(
-        other.lines_per_second > point.lines_per_second and sign * other.score > sign * point.score for other in points
-    )
+    ours = (point.lines_per_second, sign * point.score)
+    rivals = [(other.lines_per_second, sign * other.score) for other in points]
+    return not any(fast >= ours[0] and good >= ours[1] and (fast, good) != ours for fast, good in rivals)
 
 
 def fastest_within(points: Sequence[Point], within: float, higher_is_better: bool) -> Point:

@@ -46,6 +46,9 @@ class NoisyChannel(Reranker):
                 raise ValueError(f"{key}: {vars(self)[key]} is no finite number.")
         if self.channel is None and self.lm is None:
             raise ValueError("channel: name a model of the reverse direction, or a language model by lm, or both.")
+        for key, model in (("channel", self.channel), ("lm", self.lm)):
+            if model is None and vars(self)[f"weight_{key}"] != 1:
+                raise ValueError(f"weight_{key}: goes with {key}, which is not given.")
         if (self.lm is None) != (not self.lm_source.strip()):
             raise ValueError("lm_source: goes with lm, and is the line that was every source of its training data.")
 

@@ -35,9 +35,9 @@ def decoding_workers(device: str) -> int:
 def check_device(device: str) -> None:
     """Raise UsageError unless torch can compute on `device`."""
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0].rstrip(".")
+        torch.zeros(1, device=device).tolist()
+    except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise UsageError(f"--device {device}: torch cannot use it ({reason}); try --device cpu.") from error
 
 
