@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
@@ -15,7 +16,10 @@ import pytest
 import torch
 
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.generation.lines import Options, generate
+from encdec_cli.decoding.beam import Beam
+from encdec_cli.generation.lines import Generated, Options, _groups, _Line, generate
+from encdec_cli.generation.search import Job
+from encdec_cli.models.packed import pack
 from encdec_cli.text.example import Example
 from tests.conftest import encdec, environment, start
 
@@ -46,7 +50,9 @@ INPUT = "".join(f"{number % 10} {number // 10 % 10}\n" for number in range(100))
 
 @pytest.fixture(scope="module")
 def bundle(copy_run):
-    return Bundle.load(copy_run)
+    loaded = Bundle.load(copy_run)
+    pack(loaded.model)
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,19 @@ def test_workers_write_what_one_process_writes_in_the_same_order(bundle, lines):
             assert [one.text for one in ours] == [one.text for one in theirs]
             for one, other in zip(ours, theirs, strict=True):
                 assert one.token_scores == pytest.approx(other.token_scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(("workers", "sizes"), [(1, [200, 100]), (2, [64, 64, 64, 64, 44])])
+def test_batches_are_as_large_as_asked_for_unless_workers_share_the_lines(bundle, workers, sizes):
+    options = Options(Beam(beam=1), batch=200, workers=workers)
+    lines = [_Line(place, Generated(Example("1"), []), Job([5])) for place in range(300)]
+    assert [len(group) for group in _groups(lines, options)] == sizes
+
+
+def test_workers_leave_the_garbage_of_the_caller_to_be_collected(bundle, lines):
+    before = gc.get_freeze_count()
+    decoded(bundle, lines[:8], batch=2, workers=2)
+    assert gc.get_freeze_count() == before
 
 
 def test_exact_outputs_depend_on_nothing_but_the_line(bundle, lines):

@@ -23,7 +23,7 @@ WINDOW = 4096
 ROWS = 640
 """Hypotheses decoded together unless told otherwise: with fewer, much of a step's time is spent between operations."""
 GROUPS = 4
-"""So many batches a worker or more, of FEW sentences or more."""
+"""So many batches for each of several workers or more, of FEW sentences or more."""
 FEW = 64
 _TOKENS_PER_SENTENCE = 48
 TROUBLES = ("empty", "truncated", "max-length")
@@ -237,11 +237,13 @@ def _finish(group: Sequence[_Line], finish: Finish) -> None:
 def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
     """Cut the lines, longest first, into groups of at most `batch` sentences and a bounded number of tokens."""
     lines = sorted(lines, key=lambda line: (-len(line.job.source), line.place))
-    # Few lines are shared out evenly; of more, each worker gets some groups, so that none waits long for another.
-    each = -(-len(lines) // options.workers)
-    batch = min(options.batch, max(1, -(-each // GROUPS), min(each, FEW)))
+    batch = options.batch
     if options.exact:  # computed alone: kernels are chosen by the size of a batch
         batch = 1
+    elif options.workers > 1:
+        # Few lines are shared out evenly; of more, each worker gets some groups, so that none waits long for another.
+        each = -(-len(lines) // options.workers)
+        batch = min(batch, max(-(-each // GROUPS), min(each, FEW)))
     start = 0
     while start < len(lines):
         size = min(batch, max(1, options.batch * _TOKENS_PER_SENTENCE // (len(lines[start].job.source) + 1)))

@@ -46,8 +46,6 @@ class Workers:
 
     def __init__(self, decode: Decode, count: int) -> None:
         kernels.library()  # compiled once, not by each of them
-        # What was loaded stays: a search for garbage need not look at it, nor copy its pages into every process.
-        gc.freeze()
         context = multiprocessing.get_context("fork")
         self._pipes: list[Connection] = []
         self._processes = []
@@ -114,6 +112,8 @@ def _serve(decode: Decode, pipe: Connection, others: Sequence[Connection]) -> No
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for other in others:
         other.close()
+    # What was loaded stays: a search for garbage need not look at it, nor copy its pages into this process.
+    gc.freeze()
     torch.set_num_threads(1)
     keep_freed()
     groups: SimpleQueue[bytes] = SimpleQueue()
