@@ -154,6 +154,22 @@ def test_all_matrices_are_packed_and_a_tied_output_layer_is_one_of_them(int8):
     assert torch.equal(model.target_embedding.weight, before[0])
 
 
+@packs
+@torch.inference_mode()
+def test_a_linear_map_of_another_class_or_type_stays_as_it_is():
+    class Doubled(Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, hidden = tiny_transformer(dim=32), torch.randn(3, 32)
+    model.output = Doubled(32, 5)
+    wanted = model.project(hidden)
+    pack(model)
+    torch.testing.assert_close(model.project(hidden), wanted)
+    pack(double := tiny_transformer(dim=32).double())
+    assert [name for name, module in double.named_modules() if isinstance(module, Linear)]
+
+
 @torch.no_grad()
 def test_an_untied_output_layer_changes_nothing():
     model = tiny_transformer()
@@ -225,6 +241,29 @@ def test_layers_as_a_whole_are_their_parts(dtype, beam, keys):
             state.reorder(chosen)
             if step == 9:
                 state.crop(4)
+
+
+@kinds
+@pytest.mark.parametrize("beam", [1, 5, 9])
+@torch.inference_mode()
+def test_layers_as_a_whole_give_a_sentence_its_bits_in_every_batch(dtype, beam):
+    whole, _ = fused(dtype, positions="rotary")
+    lines = [[5, 6, 7, 8, 9, 3], [5, 3], [20, 21, 22, 3], [*range(4, 30), *range(4, 29), 3]]
+    generator = torch.Generator().manual_seed(7)
+    tokens, order = torch.randint(0, beam, (2, 9, len(lines), beam), generator=generator)
+
+    def hidden(chosen: list[int], extra: int = 0) -> torch.Tensor:
+        source, mask = pad([lines[number] for number in chosen], extra)
+        state, found = whole.start(whole.encode(source, mask), beam), []
+        for token, parents in zip(tokens[:, chosen] + 4, order[:, chosen], strict=True):
+            found.append(whole.decode(token.view(-1, 1), state).view(len(chosen), beam, -1))
+            state.reorder((parents + torch.arange(len(chosen))[:, None] * beam).flatten())
+        return torch.stack(found, 1)
+
+    together = hidden([0, 1, 2, 3])
+    for number in range(len(lines)):
+        assert torch.equal(hidden([number], extra=3)[0], together[number])
+    assert torch.equal(hidden([2, 0]), together[[2, 0]])
 
 
 @packs

@@ -89,7 +89,9 @@ class Matrix:
 def can_pack(dtype: torch.dtype, inputs: int) -> bool:
     """Return whether this machine multiplies by a `Matrix` of this type with so many inputs."""
     found = library()
-    return found is not None and inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(_KINDS[dtype]))
+    if found is None or dtype not in _KINDS:
+        return False
+    return inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(_KINDS[dtype]))
 
 
 @cache

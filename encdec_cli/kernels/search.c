@@ -103,8 +103,8 @@ void candidates(const void *logits, const float *normaliser, const float *maxima
 
 /* To going, from and with [slots, width] the totals, rows and tokens of the first `width` of each slot's k
  * continuations that do not end, in their order; where there are fewer, those that end fill up. To ending
- * [slots, width] which of the first `width` end. Returns 1 if any does, plus 2 if a slot has nothing left though it had something (`before`, its
- * totals so far [slots, width]), plus 4 if a row goes on elsewhere than where it stands. */
+ * [slots, width] which of the first `width` end. Returns 1 if any does, plus 2 if a slot has nothing left though it had
+ * something (`before`, its totals so far [slots, width]), plus 4 if a row goes on elsewhere than where it stands. */
 int part(const float *totals, const int64_t *parents, const int64_t *tokens, const float *before, int64_t slots,
          int64_t k, int64_t width, int64_t eos, float *going, int64_t *from, int64_t *with, uint8_t *ending) {
     int found = 0;
