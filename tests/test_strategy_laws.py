@@ -29,6 +29,7 @@ from encdec_cli.decoding.stepper import NEVER_WRITTEN, Stepper
 from encdec_cli.errors import UsageError
 from encdec_cli.generation.lines import Candidate, Generated
 from encdec_cli.models.model import Model
+from encdec_cli.models.packed import pack
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.reranking.mbr import MinimumBayesRisk
 from encdec_cli.reranking.reranker import rerank
@@ -67,11 +68,18 @@ def drawn(model: Model) -> Model:
     return model.eval()
 
 
-def transformer(vocab: int, seed: int, keys: Sequence[str] = TRANSFORMERS[0]) -> Model:
+def transformer(vocab: int, seed: int, keys: Sequence[str] = TRANSFORMERS[0], width: int = 8) -> Model:
     torch.manual_seed(seed)
     names = dict(zip(("norm_order", "norm", "activation", "positions", "tie"), keys, strict=True))
-    sizes = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "heads": 2, "feed_forward": 24}
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 2 * width, "heads": 2, "feed_forward": 3 * width}
     return drawn(Transformer(Transformer.Config(**sizes, **names), vocab, vocab))
+
+
+def packed(vocab: int, seed: int, keys: Sequence[str]) -> Model:
+    """Return a Transformer as decoding has it on a CPU: of sizes for which whole layers have kernels."""
+    model = transformer(vocab, seed, keys, width=32)
+    pack(model)
+    return model
 
 
 def example_gru(vocab: int, seed: int) -> Model:
@@ -113,6 +121,10 @@ class World:
             return [transformer(vocab, seed=12), example_gru(vocab, seed=13)]
         if self.name == "transformer and recurrent, weighted":
             return [transformer(vocab, 14, TRANSFORMERS[6]), TinyGru(vocab, seed=15)]
+        if self.name.startswith("packed "):
+            return [packed(vocab, 16, self.name.split()[1:])]
+        if self.name == "two packed":
+            return [packed(vocab, 17, TRANSFORMERS[0]), packed(vocab, 18, TRANSFORMERS[6])]
         keys = self.name.removeprefix("bf16 ").split()
         model = transformer(vocab, 20 + len(self.name), keys)
         return [model.to(torch.bfloat16) if self.bf16 else model]
@@ -121,6 +133,8 @@ class World:
 WORLDS = [
     *(World(" ".join(keys)) for keys in TRANSFORMERS),
     *(World(" ".join(["bf16", *TRANSFORMERS[row]])) for row in (0, 5, 6)),
+    *(World(" ".join(["packed", *TRANSFORMERS[row]])) for row in (1, 8)),
+    World("two packed"),
     World("example gru"),
     World("example gru and transformer"),
     World("transformer and recurrent, weighted", Ensemble("log-probabilities", (0.3, 0.7))),
