@@ -133,9 +133,11 @@ def test_products_may_add_and_cut_off_and_write_nowhere_else(dtype):
 
 
 @packs
-def test_a_row_of_another_type_is_refused():
+def test_a_row_of_another_type_or_width_is_refused():
     with pytest.raises(TypeError, match=r"bfloat16 with a matrix of torch\.float32"):
         Matrix(torch.ones(3, 32), None).product(torch.ones(1, 32, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="16 columns with a matrix of 32"):
+        Matrix(torch.ones(3, 32), None).product(torch.ones(4, 16))
 
 
 @eight_bits

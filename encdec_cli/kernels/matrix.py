@@ -62,6 +62,8 @@ class Matrix:
         """Map x [..., inputs] to [..., outputs]: of float32 or bfloat16, which the matrix is too unless it is int8."""
         if self._dtype not in (x.dtype, torch.int8):
             raise TypeError(f"a product of {x.dtype} with a matrix of {self._dtype}")
+        if x.shape[-1] != self.inputs:
+            raise ValueError(f"a product of {x.shape[-1]} columns with a matrix of {self.inputs}")
         x = x.contiguous()
         out = x.new_empty((*x.shape[:-1], self.outputs))
         rows = x.numel() // self.inputs
