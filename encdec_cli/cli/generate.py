@@ -151,7 +151,6 @@ def generate(
         scoring.refuse_search(beam, strategy, n_best, scores, workers, rerank, fail_on)
     _check(workers, device, alignments, plugin or [], {"--strategy": strategy, "--rerank": rerank})
     watch, average = FailOn(fail_on), choose_ensemble(ensemble.value, weights)
-    from encdec_cli.allocator import keep_freed
     from encdec_cli.cli.input import Reader, named_lines, windows_of
     from encdec_cli.cli.output import Writer, write_all
     from encdec_cli.generation.lines import Options
@@ -159,7 +158,6 @@ def generate(
     from encdec_cli.text.lines import LineReport
     from encdec_cli.training.machine import available_cores, decoding_workers
 
-    keep_freed()
     bundles = load_bundles(model or [], device, plugin or [], precision.value)
     head = scoring.choose_head(bundles[0], alignments) if alignments else None
     chosen = choose_strategy(bundles[0], strategy, beam, n_best)

@@ -28,11 +28,9 @@ def load_bundles(
     named: Sequence[Path], device: str, plugins: Sequence[Path], precision: str = "fp32", packed: bool = True
 ) -> list[Bundle]:
     """Load the named models, or the default one; `packed` for decoding alone."""
-    import torch
-
+    from encdec_cli.allocator import keep_freed
     from encdec_cli.bundle.bundle import Bundle, changed_plugins
     from encdec_cli.cli import console
-    from encdec_cli.kernels import library
     from encdec_cli.models.packed import pack
     from encdec_cli.registry import load_plugins
     from encdec_cli.training.machine import check_device, use_threads
@@ -52,9 +50,19 @@ def load_bundles(
     bundles = [Bundle.load(path, device, dtype) for path in paths]
     for bundle in bundles if packed else ():
         pack(bundle.model, quantised)
-    if packed and torch.device(device).type == "cpu" and library() is None and os.environ.get("CC", "cc").strip():
-        console.say("note: no C compiler works here (cc, or what CC names), which makes decoding several times slower")
+    if packed:
+        keep_freed()
+        _tell_of_no_compiler(device)
     return bundles
+
+
+def _tell_of_no_compiler(device: str) -> None:
+    """Say that decoding will be slow, unless an empty CC asks for it."""
+    from encdec_cli.cli import console
+    from encdec_cli.kernels import library
+
+    if device == "cpu" and os.environ.get("CC", "cc").strip() and library() is None:
+        console.say("note: no C compiler works here (cc, or what CC names), which makes decoding several times slower")
 
 
 def _check_int8(device: str) -> None:
