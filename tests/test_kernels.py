@@ -175,20 +175,27 @@ def test_a_search_finds_the_same(without, beam):
 
 
 @compiled
-def test_what_they_cannot_take_is_left_to_torch(monkeypatch):
+def test_what_they_cannot_take_is_left_to_torch():
     x = torch.ones(2, 64)
-    large = torch.ones(kernels.SMALL + 64)
     assert not kernels.usable(x)  # gradients are on
     with torch.inference_mode():
         assert kernels.usable(x)
         assert not kernels.usable(x, x.bfloat16())
         assert not kernels.usable(x.double())
         assert not kernels.usable(x.to("meta"))
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert kernels.usable(x)
-        assert not kernels.usable(large)  # threads are worth more
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-        assert kernels.usable(large)
+
+
+@compiled
+@TYPES
+@torch.inference_mode()
+def test_rows_are_shared_out_over_threads_bit_by_bit(monkeypatch, dtype):
+    x, weight = torch.randn(7, 96).to(dtype), torch.randn(96).to(dtype)
+    alone = [kernels.norm(x, weight, weight, 1e-5, centred=True), *kernels.scan(x.clone(), (3, 70))]
+    monkeypatch.setattr("encdec_cli.kernels.matrix.SHARED_OUT", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = [kernels.norm(x, weight, weight, 1e-5, centred=True), *kernels.scan(x.clone(), (3, 70))]
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one, other)
 
 
 @compiled

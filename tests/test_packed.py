@@ -282,7 +282,7 @@ def test_a_packed_model_finds_the_same(beam):
 
 
 @packs
-def test_gradients_long_sources_and_large_batches_on_threads_are_left_to_torch(monkeypatch):
+def test_gradients_and_long_sources_are_left_to_torch(monkeypatch):
     whole, _ = fused(torch.float32)
     calls = []
     monkeypatch.setattr("encdec_cli.kernels.layer.function", lambda name: lambda *_: calls.append(name))
@@ -297,9 +297,25 @@ def test_gradients_long_sources_and_large_batches_on_threads_are_left_to_torch(m
     with torch.inference_mode():
         assert encode(4) == ["encoder_layer"] * 2
         assert encode(65) == []
-        monkeypatch.setattr("encdec_cli.kernels.layer.SHARED_OUT", 1)
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-        assert encode(4) == []
+
+
+@kinds
+@pytest.mark.parametrize("beam", [1, 4, 9])
+@torch.inference_mode()
+def test_layers_have_the_same_bits_on_several_threads(dtype, beam, monkeypatch):
+    model, _ = fused(dtype, positions="rotary")
+    source, mask = pad([[5, 6, 7, 8, 9, 3], [5, 3], [20, 21, 22, 3], [8, 8, 3], [9, 3]])
+    tokens = torch.randint(4, 30, (5 * beam, 6), generator=torch.Generator().manual_seed(7))
+
+    def states() -> list[torch.Tensor]:
+        state = model.start(model.encode(source, mask), beam)
+        return [model.decode(tokens[:, [step]], state) for step in range(6)]
+
+    alone = states()
+    monkeypatch.setattr("encdec_cli.kernels.matrix.SHARED_OUT", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for one, other in zip(alone, states(), strict=True):
+        assert torch.equal(one, other)
 
 
 @eight_bits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.nn import Parameter
 from encdec_cli.kernels.build import CHUNK as CHUNK
 from encdec_cli.kernels.build import function
 from encdec_cli.kernels.build import library as library
+from encdec_cli.kernels.matrix import shares, together
 
 WIDTH = 32
 """What rows are made of a multiple of."""
@@ -23,8 +25,8 @@ MOST_CANDIDATES = 64
 """They are kept sorted by insertion."""
 MOST_KEYS = 1 << 12
 """Weights of a query stand on the stack."""
-SMALL = 1 << 17
-"""Numbers that one thread does in some 20 microseconds."""
+_COST = 64
+"""What a number of a row costs, in multiplications of a product."""
 _PLAIN = (Tensor, Parameter)
 _TYPES = (torch.float32, torch.bfloat16)
 
@@ -38,13 +40,10 @@ class _Attention(ctypes.Structure):
 def usable(*tensors: Tensor) -> bool:
     """Return whether the functions below take these tensors: on a CPU, of one type, without gradients.
 
-    They compute on one thread: where there are more, they take only what is not worth sharing out. But for `attend`,
-    tensors must be contiguous, which is not asked here.
+    But for `attend`, tensors must be contiguous, which is not asked here.
     """
     first = tensors[0]
     if first.device.type != "cpu" or torch.is_grad_enabled() or first.dtype not in _TYPES:
-        return False
-    if first.numel() > SMALL and torch.get_num_threads() > 1:
         return False
     for one in tensors:
         if type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu":
@@ -60,9 +59,15 @@ def scan(logits: Tensor, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
     rows, vocab = logits.shape
     normaliser = torch.empty(rows, dtype=torch.float32)
     maxima = torch.empty((rows, -(-vocab // CHUNK)), dtype=torch.float32)
-    bans = (ctypes.c_int64 * len(banned))(*banned)
-    places = (normaliser.data_ptr(), maxima.data_ptr(), ctypes.addressof(bans), len(banned))
-    function("scan")(logits.data_ptr(), rows, vocab, *places, logits.dtype == torch.bfloat16)
+    bans, bf16 = (ctypes.c_int64 * len(banned))(*banned), logits.dtype == torch.bfloat16
+    calls = []
+    for first, last in shares(rows, _COST * logits.numel()):
+        to = (normaliser.data_ptr() + 4 * first, maxima.data_ptr() + 4 * first * maxima.shape[1])
+        row = logits.data_ptr() + first * vocab * logits.element_size()
+        calls.append(
+            partial(function("scan"), row, last - first, vocab, *to, ctypes.addressof(bans), len(banned), bf16)
+        )
+    together(calls)
     return normaliser, maxima
 
 
@@ -112,9 +117,14 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
     width = x.shape[-1]
     if not (usable(x, weight) if bias is None else usable(x, weight, bias)) or width % WIDTH or not x.is_contiguous():
         return None
-    out = torch.empty_like(x)
+    out, bf16 = torch.empty_like(x), x.dtype == torch.bfloat16
     given = (weight.data_ptr(), None if bias is None else bias.data_ptr(), epsilon, centred)
-    function("norm")(x.data_ptr(), x.numel() // width, width, *given, out.data_ptr(), x.dtype == torch.bfloat16)
+    calls = []
+    for first, last in shares(x.numel() // width, _COST * x.numel()):
+        start = first * width * x.element_size()
+        places = (x.data_ptr() + start, last - first, width, *given, out.data_ptr() + start)
+        calls.append(partial(function("norm"), *places, bf16))
+    together(calls)
     return out
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from encdec_cli.kernels import MOST_KEYS, WIDTH
 from encdec_cli.kernels.build import function
-from encdec_cli.kernels.matrix import SHARED_OUT, Matrix, Struct
+from encdec_cli.kernels.matrix import Matrix, Struct, shares, together
 
 ACTIVATIONS = ("relu", "gelu", "swiglu")
 BLOCK = 256
@@ -96,10 +97,16 @@ class _Kernel:
         self._place = ctypes.addressof(self._layer)
 
     def _takes(self, x: Tensor) -> bool:
-        """Return whether one thread is enough for x [.., dim], and it lies as it must."""
-        if x.dtype != self._dtype or torch.is_grad_enabled() or not x.is_contiguous():
-            return False
-        return x.numel() // self._dim * self._weights <= SHARED_OUT or torch.get_num_threads() == 1
+        """Return whether x [.., dim] is of the type of the weights, and lies as it must."""
+        return x.dtype == self._dtype and x.is_contiguous() and x.numel() > 0 and not torch.is_grad_enabled()
+
+    def _shares(self, sentences: int, x: Tensor) -> list[tuple[int, int]]:
+        """Return which of the sentences each thread is to compute."""
+        return shares(sentences, x.numel() // self._dim * self._weights)
+
+    def _call(self, name: str, steps: Sequence[_Step]) -> None:
+        bf16 = self._dtype == torch.bfloat16
+        together([partial(function(name), self._place, ctypes.addressof(step), bf16) for step in steps])
 
 
 class EncoderLayer(_Kernel):
@@ -124,13 +131,17 @@ class EncoderLayer(_Kernel):
         bias: [sentences, 1, 1, src_len] to add to scores; None if nothing is masked. turns: sines and cosines of the
         positions, [src_len, 2, width / 2]; None without rotary positions.
         """
-        length = x.shape[1]
+        length, steps = x.shape[1], []
+        parts = self._shares(len(x), x)
         block = length * min(max(1, BLOCK // length), len(x))
-        scratch = x.new_empty(block * self._width)
-        step = _Step(len(x) * length, x.data_ptr(), scratch.data_ptr(), source_rows=length, block=block)
-        step.source_bias = None if bias is None else bias.data_ptr()
-        step.turns = None if turns is None else turns.data_ptr()
-        function("encoder_layer")(self._place, ctypes.addressof(step), x.dtype == torch.bfloat16)
+        scratch = x.new_empty((len(parts), block * self._width))
+        for part, (first, last) in enumerate(parts):
+            step = _Step((last - first) * length, x[first].data_ptr(), scratch[part].data_ptr(), source_rows=length)
+            step.block = min(block, step.rows)
+            step.source_bias = None if bias is None else bias[first].data_ptr()
+            step.turns = None if turns is None else turns.data_ptr()
+            steps.append(step)
+        self._call("encoder_layer", steps)
         return x
 
 
@@ -160,20 +171,24 @@ class DecoderLayer(_Kernel):
         sources: keys and values [sentences, heads, src_len, width]; source_bias: [sentences, 1, 1, src_len] to add to
         scores; None if nothing is masked.
         """
-        rows, bias = len(x), written.bias
-        scratch = x.new_empty(rows * self._width)
-        step = _Step(rows, x.data_ptr(), scratch.data_ptr())
-        step.beam, step.room, step.place = written.beam, written.keys.shape[2], written.place
-        step.keys, step.values = written.keys.data_ptr(), written.values.data_ptr()
-        if bias is not None:
-            step.bias = bias.data_ptr()
-            step.bias_strides[0] = bias.stride(0) if len(bias) > 1 else 0
-            step.bias_strides[1] = bias.stride(2)
-        step.turns = None if written.turns is None else written.turns.data_ptr()
-        step.source_keys, step.source_values = (one.data_ptr() for one in sources)
-        step.source_rows, step.source_length = rows // len(sources[0]), sources[0].shape[2]
-        step.source_bias = None if source_bias is None else source_bias.data_ptr()
-        function("decoder_layer")(self._place, ctypes.addressof(step), x.dtype == torch.bfloat16)
+        bias, each, steps = written.bias, len(x) // len(sources[0]), []
+        scratch = x.new_empty((len(x), self._width))
+        for first, last in self._shares(len(sources[0]), x):
+            row, store = first * each, first * each // written.beam
+            step = _Step((last - first) * each, x[row].data_ptr(), scratch[row].data_ptr())
+            step.beam, step.room, step.place = written.beam, written.keys.shape[2], written.place
+            step.keys, step.values = written.keys[store].data_ptr(), written.values[store].data_ptr()
+            if bias is not None:
+                alike = len(bias) == 1
+                step.bias = bias[0 if alike else store].data_ptr()
+                step.bias_strides[0] = 0 if alike else bias.stride(0)
+                step.bias_strides[1] = bias.stride(2)
+            step.turns = None if written.turns is None else written.turns.data_ptr()
+            step.source_keys, step.source_values = (one[first].data_ptr() for one in sources)
+            step.source_rows, step.source_length = each, sources[0].shape[2]
+            step.source_bias = None if source_bias is None else source_bias[first].data_ptr()
+            steps.append(step)
+        self._call("decoder_layer", steps)
         return x
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -68,17 +68,9 @@ class Matrix:
         out = x.new_empty((*x.shape[:-1], self.outputs))
         rows = x.numel() // self.inputs
 
-        def panels(first: int, last: int) -> None:
-            places = (x.data_ptr(), rows, self._place, None, out.data_ptr())
-            self._call(*places, first, last, False, x.dtype == torch.bfloat16)
-
-        threads = min(torch.get_num_threads(), self.panels) if rows * self._kept["weights"].numel() > SHARED_OUT else 1
-        if threads == 1:
-            panels(0, self.panels)
-        else:
-            bounds = [self.panels * part // threads for part in range(threads + 1)]
-            for work in [_pool().submit(panels, *bound) for bound in itertools.pairwise(bounds)]:
-                work.result()
+        places = (x.data_ptr(), rows, self._place, None, out.data_ptr())
+        parts = shares(self.panels, rows * self._kept["weights"].numel())
+        together([partial(self._call, *places, *part, False, x.dtype == torch.bfloat16) for part in parts])
         return out
 
     def _padded(self, x: Tensor) -> Tensor:
@@ -94,6 +86,21 @@ def can_pack(dtype: torch.dtype, inputs: int) -> bool:
     if found is None or dtype not in _KINDS:
         return False
     return inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(_KINDS[dtype]))
+
+
+def shares(count: int, multiplications: int) -> list[tuple[int, int]]:
+    """Return from where to where each thread is to work, of `count` things that can be done apart."""
+    threads = max(1, min(torch.get_num_threads(), count)) if multiplications > SHARED_OUT else 1
+    return [(count * part // threads, count * (part + 1) // threads) for part in range(threads)]
+
+
+def together(calls: Sequence[Callable[[], object]]) -> None:
+    """Call C functions, each on a thread of its own if there are several: they release the interpreter."""
+    if len(calls) == 1:
+        calls[0]()
+        return
+    for work in [_pool().submit(call) for call in calls]:
+        work.result()
 
 
 @cache
