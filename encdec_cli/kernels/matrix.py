@@ -13,7 +13,7 @@ from torch import Tensor
 from encdec_cli.kernels.build import PANEL, function, library
 
 SHARED_OUT = 1 << 24
-"""From this many multiplications on, about 50 microseconds, a product is shared out over torch's threads."""
+"""From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
 
