@@ -48,11 +48,11 @@ def load_bundles(
         _check_int8(device)
     dtype = choose("auto" if quantised else precision, device).dtype
     bundles = [Bundle.load(path, device, dtype) for path in paths]
-    for bundle in bundles if packed else ():
-        pack(bundle.model, quantised)
     if packed:
         keep_freed()
         _tell_of_no_compiler(device)
+        for bundle in bundles:
+            pack(bundle.model, quantised)
     return bundles
 
 

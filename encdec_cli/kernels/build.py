@@ -79,8 +79,8 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "norm": [pointer, number, number, pointer, pointer, ctypes.c_float, flag, pointer],
         "attend": [pointer] * 6,
     }.items():
-        function = getattr(found, name)
-        function.argtypes, function.restype = [*types, flag], None  # type: ignore[misc]
+        one = getattr(found, name)
+        one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]
     found.has_product.argtypes, found.has_product.restype = [number], flag
     found.part.argtypes, found.part.restype = [*[pointer] * 4, *[number] * 4, *[pointer] * 4], flag
     return found

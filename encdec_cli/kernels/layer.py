@@ -79,7 +79,16 @@ class _Step(ctypes.Structure):
 
 
 class _Kernel:
-    """The weights of a layer, which no longer change, as the C functions read them."""
+    """The weights of a layer, which no longer change, as the C functions read them.
+
+    Args:
+        heads: of its attentions.
+        pre: whether each part begins with its norm; else it ends with it.
+        activation: one of ACTIVATIONS.
+        norms: of the attention to the layer's own sequence, of that to the source (not read in an encoder), of the
+            feed-forward.
+        matrices: by the names of `struct layer`.
+    """
 
     def __init__(
         self, heads: int, pre: bool, activation: str, norms: Sequence[Norm], matrices: Mapping[str, Matrix]
@@ -110,15 +119,7 @@ class _Kernel:
 
 
 class EncoderLayer(_Kernel):
-    """Attention of a source to itself and a feed-forward, of short sources.
-
-    Args:
-        heads: of the attention.
-        pre: whether each part begins with its norm; else it ends with it.
-        activation: one of ACTIVATIONS.
-        norms: of the attention, and, the last, of the feed-forward.
-        matrices: by the names of `struct layer`.
-    """
+    """Attention of a source to itself and a feed-forward, of short sources."""
 
     def takes(self, x: Tensor, bias: Tensor | None) -> bool:
         """Return whether it computes this; arguments as of the call."""
@@ -146,15 +147,7 @@ class EncoderLayer(_Kernel):
 
 
 class DecoderLayer(_Kernel):
-    """Attention to what was written and to the source, and a feed-forward, for one new token of every row.
-
-    Args:
-        heads: of both attentions.
-        pre: whether each part begins with its norm; else it ends with it.
-        activation: one of ACTIVATIONS.
-        norms: of the attention to what was written, of that to the source, of the feed-forward.
-        matrices: by the names of `struct layer`.
-    """
+    """Attention to what was written and to the source, and a feed-forward, for one new token of every row."""
 
     def takes(self, x: Tensor, sources: tuple[Tensor, Tensor], room: int) -> bool:
         """Return whether it computes this; room: that of the stores, else as of the call."""

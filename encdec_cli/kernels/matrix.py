@@ -41,9 +41,9 @@ class Matrix:
         self.panels = -(-self.outputs // PANEL)
         self._dtype = weight.dtype
         self._call = function("product")
-        together = 4 // weight.element_size()
-        depth = self.inputs // together
-        by_panel = self._padded(weight).view(self.panels, PANEL, depth, together)
+        in_a_word = 4 // weight.element_size()
+        depth = self.inputs // in_a_word
+        by_panel = self._padded(weight).view(self.panels, PANEL, depth, in_a_word)
         kept = {"weights": by_panel.transpose(1, 2).contiguous()}
         if bias is not None:
             kept["bias"] = self._padded(bias.float())

@@ -1,23 +1,26 @@
 /* What a search asks of the logits, in one pass each. */
 #include "vectors.h"
 
-INLINE void scan_row(const void *row, int64_t vocab, float *normaliser, float *maxima, int bf16) {
-    int64_t whole = vocab / CHUNK;
-    float best = -INFINITY, rest = 0;
-    for (int64_t chunk = 0; chunk < whole; chunk++) {
+INLINE float chunk_maximum(const void *row, int64_t chunk, int64_t vocab, int bf16) {
+    float most = -INFINITY;
+    if ((chunk + 1) * CHUNK <= vocab) {
         pair x = read_pair(row, chunk * CHUNK, bf16), y = read_pair(row, chunk * CHUNK + 32, bf16);
-        maxima[chunk] = largest_of(larger(larger(x.a, x.b), larger(y.a, y.b)));
+        return largest_of(larger(larger(x.a, x.b), larger(y.a, y.b)));
+    }
+    for (int64_t token = chunk * CHUNK; token < vocab; token++) {
+        float x = read_one(row, token, bf16);
+        most = x > most ? x : most;
+    }
+    return most;
+}
+
+INLINE void scan_row(const void *row, int64_t vocab, float *normaliser, float *maxima, int bf16) {
+    float best = -INFINITY, rest = 0;
+    for (int64_t chunk = 0; chunk * CHUNK < vocab; chunk++) {
+        maxima[chunk] = chunk_maximum(row, chunk, vocab, bf16);
         best = maxima[chunk] > best ? maxima[chunk] : best;
     }
-    if (vocab % CHUNK) {
-        maxima[whole] = -INFINITY;
-        for (int64_t token = whole * CHUNK; token < vocab; token++) {
-            float x = read_one(row, token, bf16);
-            maxima[whole] = x > maxima[whole] ? x : maxima[whole];
-        }
-        best = maxima[whole] > best ? maxima[whole] : best;
-        for (int64_t token = vocab / 32 * 32; token < vocab; token++) rest += expf(read_one(row, token, bf16) - best);
-    }
+    for (int64_t token = vocab / 32 * 32; token < vocab; token++) rest += expf(read_one(row, token, bf16) - best);
     pair sum = {all(0), all(0)};
     for (int64_t token = 0; token < vocab / 32 * 32; token += 32) {
         pair x = read_pair(row, token, bf16);
@@ -36,13 +39,10 @@ void scan(void *logits, int64_t rows, int64_t vocab, float *normaliser, float *m
         BY_TYPE(scan_row, at(logits, row * vocab, bf16), vocab, normaliser + row, maxima + row * chunks);
         for (int64_t i = 0; i < count; i++) write_one(logits, row * vocab + banned[i], -INFINITY, bf16);
         for (int64_t i = 0; i < count; i++) {
-            int64_t start = banned[i] / CHUNK * CHUNK, end = start + CHUNK < vocab ? start + CHUNK : vocab;
-            float *most = maxima + row * chunks + banned[i] / CHUNK;
-            *most = -INFINITY;
-            for (int64_t token = start; token < end; token++) {
-                float x = read_one(logits, row * vocab + token, bf16);
-                *most = x > *most ? x : *most;
-            }
+            int64_t chunk = banned[i] / CHUNK;
+            if (i > 0 && banned[i - 1] / CHUNK == chunk) continue; /* most bans stand together */
+            maxima[row * chunks + chunk] =
+                BY_TYPE(chunk_maximum, at(logits, row * vocab, bf16), chunk, vocab);
         }
     }
 }

@@ -152,11 +152,12 @@ class Ancestry:
             self.room = self.length
         elif self.length > self.room:
             self.room = -(-self.length // ROOM) * ROOM
-        if self.beam == 1 and start == 0:
-            return None
         if self.beam == 1:
-            one = new == 1 and not torch.is_grad_enabled()
-            return self._opened(like) if one else _causal_bias(new, self.length, self.room, like)
+            if start == 0:
+                return None
+            if new > 1 or torch.is_grad_enabled():
+                return _causal_bias(new, self.length, self.room, like)
+            return self._opened(like)
         rows = torch.arange(len(like), device=like.device) % self.beam
         owners = torch.arange(self.beam, device=like.device).repeat(new)  # position after position
         own = owners == rows[:, None]  # [rows, new x beam]
