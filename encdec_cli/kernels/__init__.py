@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from encdec_cli.kernels.attention import fit
 from encdec_cli.kernels.build import CHUNK as CHUNK
 from encdec_cli.kernels.build import function
 from encdec_cli.kernels.build import library as library
@@ -130,14 +131,9 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
     """Return whether `attend` takes these, which broadcast nothing but the bias."""
-    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or key.shape[2] > MOST_KEYS:
+    if key.shape[2] > MOST_KEYS or not fit(query, key, value, bias, WIDTH):
         return False
-    if query.shape[3] % WIDTH or query.stride(3) + key.stride(3) + value.stride(3) != 3:
-        return False
-    if bias is None:
-        return usable(query, key, value)
-    fits = bias.dim() == 4 and bias.shape[1] == 1 and bias.shape[3] == key.shape[2] and bias.stride(3) == 1
-    return fits and usable(query, key, value, bias)
+    return usable(query, key, value) if bias is None else usable(query, key, value, bias)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

@@ -82,6 +82,8 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         one = getattr(found, name)
         one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]
     found.has_product.argtypes, found.has_product.restype = [number], flag
+    found.attend_in_training.argtypes = [pointer, number, number, flag]
+    found.attend_in_training.restype = flag
     found.part.argtypes, found.part.restype = [*[pointer] * 4, *[number] * 4, *[pointer] * 4], flag
     return found
 

@@ -36,6 +36,22 @@ void norm(const void *x, int64_t rows, int64_t width, const void *weight, const 
 void attend(const void *query, const void *keys, const void *values, const void *bias, void *out,
             const struct attention *z, int bf16);
 
+/* A call of attention in training: sizes, strides in elements (of sentences, heads, places; the last dimension of every
+ * tensor is dense), and where the tensors are. */
+struct attention_training {
+    int64_t sentences, heads, queries, keys, width, causal;
+    int64_t query[3], key[3], value[3], out[3], query_change[3], key_change[3], value_change[3];
+    int64_t bias[2]; /* of sentences, queries */
+    const void *queries_at, *keys_at, *values_at, *bias_at; /* bias: [sentences, queries, keys]; NULL for none */
+    void *out_at;   /* [sentences, queries, heads, width]: written forward; backward the gradient by it, read */
+    float *sums_at; /* [sentences, heads, queries, 2]: written forward, read backward */
+    void *query_change_at, *key_change_at, *value_change_at; /* gradients, written; NULL: forward */
+};
+
+/* To out_at softmax(query keys^T / sqrt(width) + bias) values, or the gradients by query, keys and values, for the heads
+ * of all sentences from number `first` to before `last`. Not 0 if there is no memory. */
+int attend_in_training(const struct attention_training *z, int64_t first, int64_t last, int bf16);
+
 struct norm {
     const void *weight, *bias; /* bias: NULL for none */
     float epsilon;

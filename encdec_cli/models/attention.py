@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from encdec_cli import kernels
+from encdec_cli.kernels import attention as training
 from encdec_cli.models.dropout import dropout as drop
+from encdec_cli.models.heads import split_heads
 from encdec_cli.models.linear import Linear
 from encdec_cli.models.positions import Rotary
 from encdec_cli.models.softmax import softmax
@@ -55,8 +57,15 @@ def attend(
         mask = _bias(mask, query.dtype)
     if query.shape[2] == 1:
         causal = False
-    if not dropout and _by_kernel(query, key, value, mask, causal):
+    if not dropout and _is_training(query, key, value):
+        if training.can_attend(query, key, value, mask, causal):
+            return training.attend(query, key, value, mask, causal)
+    elif not dropout and _by_kernel(query, key, value, mask, causal):
         return kernels.attend(query, key, value, mask)
+    return _by_torch(query, key, value, mask, causal, dropout)
+
+
+def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
     if _by_matmul(query, key, value, dropout):
         return _matmul_attention(query, key, value, _with_causal(query, key, mask, causal), dropout)
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
@@ -92,9 +101,13 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
     scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
     if scores > MANY_SCORES:
         return False
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+    if _is_training(query, key, value):
         return query.dtype == torch.bfloat16
     return scores >= FEW_SCORES and (query.dtype == torch.bfloat16 or query.shape[2] <= FEW_QUERIES)
+
+
+def _is_training(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
 
 
 def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -295,10 +308,9 @@ class SelfAttention(nn.Module):
         beam, start = (ancestry.beam, ancestry.length - new) if ancestry is not None else (1, 0)
         joined: Tensor = self.joined(x)
         if rotary is None and (beam == 1 or new == 1):
-            shape = (rows // beam, beam * new, 3, self.heads, dim // self.heads)
-            query, key, value = joined.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = split_heads(joined.view(rows // beam, beam * new, -1), 3, self.heads)
         else:
-            query, key, value = joined.view(rows, new, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            query, key, value = split_heads(joined, 3, self.heads)
             if rotary is not None:
                 query, key = rotary(query, start), rotary(key, start)
             query = _together(query, beam, row_by_row=True)
@@ -336,9 +348,8 @@ class CrossAttention(nn.Module):
 
     def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values [sentences, heads, src_len, head_dim] of states [sentences, src_len, dim]."""
-        sentences, length, _ = states.shape
         joined: Tensor = self.joined(states)
-        keys, values = joined.view(sentences, length, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        keys, values = split_heads(joined, 2, self.heads)
         if torch.is_grad_enabled():
             return keys, values
         # Read in every step of decoding: as the kernel, or the products with queries and with weights, want them.

@@ -1,0 +1,156 @@
+"""Attention for training on a CPU, forward and backward; see `attention.c`."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+from encdec_cli.kernels.build import function, library
+from encdec_cli.kernels.matrix import shares, together
+
+WIDTH = 16
+"""What the heads' width is a multiple of."""
+MOST = 512
+"""Queries or keys; beyond them what a head needs no longer stays in the cache."""
+_TYPES = (torch.float32, torch.bfloat16)
+_TENSORS = ("query", "key", "value", "out", "query_change", "key_change", "value_change")
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("sentences", "heads", "queries", "keys", "width", "causal")),
+        *((name, ctypes.c_int64 * 3) for name in _TENSORS),
+        ("bias", ctypes.c_int64 * 2),
+        *((name, ctypes.c_void_p) for name in ("query_at", "key_at", "value_at", "bias_at", "out_at", "sums_at")),
+        *((name, ctypes.c_void_p) for name in ("query_change_at", "key_change_at", "value_change_at")),
+    )
+
+
+def fit(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, multiple: int) -> bool:
+    """Return whether shapes are those of attention, without broadcasting but of the bias, and what must be is dense."""
+    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or query.shape[3] % multiple:
+        return False
+    if query.stride(3) + key.stride(3) + value.stride(3) != 3:
+        return False
+    return bias is None or (
+        bias.dim() == 4 and bias.shape[1] == 1 and bias.shape[3] == key.shape[2] and bias.stride(3) == 1
+    )
+
+
+def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> bool:
+    """Return whether `attend` takes these."""
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
+        return False
+    given = [query, key, value, *([] if bias is None else [bias])]
+    if not _plain(given) or (bias is not None and bias.requires_grad):
+        return False
+    queries, keys = query.shape[2], key.shape[2]
+    return 0 < queries <= MOST and (queries if causal else 1) <= keys <= MOST and fit(query, key, value, bias, WIDTH)
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    dtype = tensors[0].dtype
+    return dtype in _TYPES and all(type(one) is Tensor and one.dtype == dtype for one in tensors)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+    """Return softmax(query key^T / sqrt(head_dim) + bias) value, [rows, heads, queries, head_dim], with its gradients.
+
+    query, key, value: [rows, heads, places, head_dim], the last dimension dense and a multiple of WIDTH. bias: [rows or
+    1, 1, queries or 1, keys]. causal: the last query sees every key, the one before it all but the last, and so on.
+    """
+    mixed: Tensor = _Attention.apply(query, key, value, bias, causal)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
+        _operators()
+        out, sums = torch.ops.encdec.attend(query, key, value, bias, causal)
+        ctx.save_for_backward(query, key, value, bias, sums)
+        ctx.causal = causal
+        mixed: Tensor = out.transpose(1, 2)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        *given, sums = ctx.saved_tensors
+        query, key, value = torch.ops.encdec.attend_backward(outer, *given, sums, ctx.causal)
+        return query, key, value, None, None
+
+
+@cache
+def _operators() -> Any:
+    """Let torch know both as operators, so that whoever counts or profiles what torch does sees them."""
+    inputs = "Tensor query, Tensor key, Tensor value, Tensor? bias"
+    ours: Any = torch.library.Library("encdec", "DEF")  # type: ignore[no-untyped-call]
+    ours.define(f"attend({inputs}, bool causal) -> (Tensor, Tensor)")
+    ours.define(f"attend_backward(Tensor outer, {inputs}, Tensor sums, bool causal) -> (Tensor, Tensor, Tensor)")
+    ours.impl("attend", _forward, "CPU")
+    ours.impl("attend_backward", _backward, "CPU")
+    register_flop_formula(torch.ops.encdec.attend)(_flops)
+    register_flop_formula(torch.ops.encdec.attend_backward)(_backward_flops)
+    return ours
+
+
+def _flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return 4 * math.prod(query) * key[2]
+
+
+def _backward_flops(_outer: Sequence[int], query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * _flops(query, key)  # the scores that are computed a second time do not count
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+    rows, heads, queries, width = query.shape
+    out = query.new_empty((rows, queries, heads, width))
+    sums = torch.empty((rows, heads, queries, 2), dtype=torch.float32)
+    _call(bias, causal, sums, query=query, key=key, value=value, out=out.transpose(1, 2))
+    return out, sums
+
+
+def _backward(
+    outer: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sums: Tensor, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    if outer.stride(3) != 1:
+        outer = outer.contiguous()
+    rows, heads, queries, width = query.shape
+    keys = key.shape[2]
+    # Side by side where one map has made them: its gradient is then all of this.
+    if queries == keys:
+        own, *others = query.new_empty((rows, queries, 3, heads, width)).permute(2, 0, 3, 1, 4).unbind(0)
+    else:
+        own = query.new_empty((rows, queries, heads, width)).transpose(1, 2)
+        others = list(query.new_empty((rows, keys, 2, heads, width)).permute(2, 0, 3, 1, 4).unbind(0))
+    changes = dict(zip(("query_change", "key_change", "value_change"), (own, *others), strict=True))
+    _call(bias, causal, sums, query=query, key=key, value=value, out=outer, **changes)
+    return own, others[0], others[1]
+
+
+def _call(bias: Tensor | None, causal: bool, sums: Tensor, **tensors: Tensor) -> None:
+    query, key = tensors["query"], tensors["key"]
+    rows, heads, queries, width = query.shape
+    call = _Call(rows, heads, queries, key.shape[2], width, causal)
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.stride()[:3])
+        setattr(call, f"{name}_at", tensor.data_ptr())
+    call.sums_at = sums.data_ptr()
+    if bias is not None:
+        call.bias_at = bias.data_ptr()
+        call.bias = tuple(bias.stride(place) if bias.shape[place] > 1 else 0 for place in (0, 2))
+    parts = shares(rows * heads, 2 * query.numel() * key.shape[2])
+    one = partial(function("attend_in_training"), ctypes.addressof(call))
+    failed: list[int] = []
+    together([partial(lambda *part: failed.append(one(*part)), *part, query.dtype == torch.bfloat16) for part in parts])
+    if any(failed):
+        raise MemoryError("attention: not enough memory")
