@@ -74,6 +74,8 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "scan": [pointer, number, number, pointer, pointer, pointer, number],
         "candidates": [pointer] * 4 + [number] * 4 + [pointer] * 3,
         "product": [pointer, number, pointer, pointer, pointer, number, number, flag],
+        "map_rows": [pointer, number, *[pointer] * 4, number, number, flag],
+        "map_columns": [pointer, number, number, *[pointer] * 5, number, number],
         "decoder_layer": [pointer, pointer],
         "encoder_layer": [pointer, pointer],
         "norm": [pointer, number, number, pointer, pointer, ctypes.c_float, flag, pointer],
