@@ -88,8 +88,6 @@ def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     whole = {
         "train.checkpointing": recipe.train.checkpointing,
-        "train.ema": recipe.train.ema,
-        "train.freeze": recipe.train.freeze,
         "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,

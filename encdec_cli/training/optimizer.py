@@ -160,8 +160,8 @@ class Optimizer:
 
     def rows(self) -> dict[str, slice]:
         """Return the names in `state()` of which this process has some rows only, and which."""
-        shared = ((weight.rows, weight.state()) for weight in self._weights if weight.rows is not None)
-        return {name: rows for rows, state in shared for name in state}
+        weights = (*self._weights, *self._frozen)
+        return {name: weight.rows for weight in weights if weight.rows is not None for name in weight.state()}
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
@@ -173,10 +173,14 @@ class Optimizer:
 
     @contextmanager
     def averages_in_use(self) -> Iterator[None]:
-        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile."""
-        own = [(weight.parameter, weight.parameter.data) for weight in self._weights]
+        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile.
+
+        A model whose weights are shared out is left as it is: its averages are gathered, see `Layout.weights`.
+        """
+        whole = [weight for weight in self._weights if weight.rows is None]
+        own = [(weight.parameter, weight.parameter.data) for weight in whole]
         try:
-            for weight in self._weights:
+            for weight in whole:
                 if weight.average is not None:
                     weight.parameter.data = weight.average.to(weight.parameter.dtype)
             yield

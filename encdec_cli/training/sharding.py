@@ -62,11 +62,11 @@ class Sharded:
         return ShardedGradients(model, parameters, objective, self.ranks)
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
-        """Gather the weights in the memory of the first process, tensor by tensor; see `Layout`."""
-        named = {}
+        """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
+        named, averages = {}, optimizer.averages()
         with self.ranks.computing("gathering the weights"):
             for name, value in model.state_dict().items():
-                full = value.full_tensor() if isinstance(value, DTensor) else value
+                full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
                 if self.ranks.first:
                     named[name] = full.cpu()
         if self.ranks.first:
@@ -81,6 +81,14 @@ class Sharded:
             mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
             checkpoint.write_part(place, mine, self.ranks.rank, self.ranks.world)
             self.ranks.meet(what)
+
+
+def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
+    """Gather a weight, or instead of its own rows those that are given."""
+    if rows is not None:
+        layout = weight.device_mesh, weight.placements
+        weight = DTensor.from_local(rows, *layout, shape=weight.shape, stride=weight.stride())
+    return weight.full_tensor()
 
 
 class ShardedGradients:

@@ -1,0 +1,65 @@
+"""What a recipe can ask for is the same with shares of a model (`parallel.shard`) as with the whole of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tests.test_distributed import assert_same, forks, launch, masters, trained  # noqa: F401 - a fixture
+
+# Without biases: those of keys have no gradient but rounding, of which Adam makes whole steps.
+BRIEF = ("train.precision=fp32", "train.accumulate=4", "train.steps=4", "train.validate_every=4", "train.save_every=2")
+BRIEF += ("model.bias=false",)
+SHARD = "parallel.shard=true"
+
+
+def bundle(run: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(run / "bundle" / "model.safetensors")
+
+
+def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
+
+
+def same_as_one(forks, world: int, folder: Path, *options: str | Path) -> None:
+    """Train by one process and by shares, unbroken and broken; leave the runs `one` and `more`."""
+    one, more, broken = (folder / name for name in ("one", "more", "broken"))
+    trained(forks, 1, *options, "--output", one)
+    trained(forks, world, *options, SHARD, "--output", more)
+    assert_near(masters(more), masters(one))
+    assert_near(bundle(more), bundle(one))
+    trained(forks, world, *options, SHARD, "train.steps=2", "--output", broken)
+    shutil.copytree(broken, folder / "other", symlinks=True)
+    trained(forks, world, *options, SHARD, "--output", broken)
+    assert_same(broken, more)
+
+
+WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_averages_and_frozen_weights(forks, corpus, tmp_path, world):
+    options = (corpus, *BRIEF, "train.ema=0.6", "train.freeze=[encoder.*, target_embedding.weight]")
+    same_as_one(forks, world, tmp_path, *options)
+    state, published = masters(tmp_path / "more"), bundle(tmp_path / "more")
+    frozen = [name for name in published if f"ema.{name}" not in state]
+    assert "target_embedding.weight" in frozen
+    assert "decoder.0.cross.joined.weight" not in frozen
+    for name, value in published.items():
+        assert torch.equal(value, state[f"master.{name}" if name in frozen else f"ema.{name}"])
+        # Nothing that is frozen has been moved, by whichever rows.
+        start = masters(tmp_path / "one")[f"master.{name}"]
+        assert (name not in frozen) or torch.equal(value, start)
+    # From shares to the whole.
+    trained(forks, 1, *options, "--output", tmp_path / "other")
+    assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))
+    scores = [json.loads((tmp_path / run / "bundle" / "bundle.json").read_text())["facts"] for run in ("one", "more")]
+    assert scores[0]["scores"] == pytest.approx(scores[1]["scores"], rel=1e-4)
