@@ -11,12 +11,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from tests.test_distributed import assert_same, forks, launch, masters, trained  # noqa: F401 - a fixture
+from tests.forked import Forks
+from tests.test_distributed import assert_same, masters, trained
 
 # Without biases: those of keys have no gradient but rounding, of which Adam makes whole steps.
 BRIEF = ("train.precision=fp32", "train.accumulate=4", "train.steps=4", "train.validate_every=4", "train.save_every=2")
 BRIEF += ("model.bias=false",)
 SHARD = "parallel.shard=true"
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory):
+    """As everywhere, and ready to share weights: that is seconds of imports."""
+    commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.sharding")
+    yield commands
+    commands.close()
 
 
 def bundle(run: Path) -> dict[str, Tensor]:
@@ -63,3 +72,10 @@ def test_averages_and_frozen_weights(forks, corpus, tmp_path, world):
     assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))
     scores = [json.loads((tmp_path / run / "bundle" / "bundle.json").read_text())["facts"] for run in ("one", "more")]
     assert scores[0]["scores"] == pytest.approx(scores[1]["scores"], rel=1e-4)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_layers_that_are_computed_again(forks, corpus, tmp_path, world):
+    same_as_one(forks, world, tmp_path, corpus, *BRIEF, "train.checkpointing=true")
+    trained(forks, world, corpus, *BRIEF, SHARD, "--output", tmp_path / "plain")
+    assert_same(tmp_path / "more", tmp_path / "plain")

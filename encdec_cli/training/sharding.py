@@ -46,7 +46,10 @@ class Sharded:
         # It warns of views that are changed in place; no layer here changes what another returned.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
         mesh = init_device_mesh(next(model.parameters()).device.type, (self.ranks.world,))
-        policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
+        # Inputs are of that type already; to cast them would copy the lists among them, which a layer may add to.
+        policy = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
+        for buffer in model.buffers():
+            buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
         for unit in (*model.units(), model):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
         for module in model.modules():
