@@ -11,7 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from encdec_cli.models.dropout import drawing
+from encdec_cli.models.transformer import Transformer
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.meter import Meter
+from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.precision import Precision
 from tests.forked import Forks
+from tests.test_checkpointing import batches
 from tests.test_distributed import assert_same, masters, trained
 
 # Without biases: those of keys have no gradient but rounding, of which Adam makes whole steps.
@@ -26,6 +33,14 @@ def forks(tmp_path_factory: pytest.TempPathFactory):
     commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.sharding")
     yield commands
     commands.close()
+
+
+@pytest.fixture(scope="module")
+def alone(forks, corpus, tmp_path_factory) -> Path:
+    """The folder of a run of one process, with a model to begin from."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    trained(forks, 1, corpus, *BRIEF, "train.accumulate=1", "--output", run)
+    return run
 
 
 def bundle(run: Path) -> dict[str, Tensor]:
@@ -79,3 +94,43 @@ def test_layers_that_are_computed_again(forks, corpus, tmp_path, world):
     same_as_one(forks, world, tmp_path, corpus, *BRIEF, "train.checkpointing=true")
     trained(forks, world, corpus, *BRIEF, SHARD, "--output", tmp_path / "plain")
     assert_same(tmp_path / "more", tmp_path / "plain")
+
+
+def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
+    from encdec_cli.training.sharding import Gathered, Sharded
+
+    def read(shared: bool, checkpointing: bool) -> tuple[int, int]:
+        torch.manual_seed(1)
+        model = Transformer(Transformer.Config(4, 4, 32, 4, 128), 30, 30)
+        model.checkpointing = checkpointing
+        if shared:
+            Sharded(Ranks()).whole(model, Precision(torch.float32))
+        (batch,) = batches(16, 20, 1)
+        for _ in range(2):  # the first time the gathered weights get their place
+            with drawing(0), Meter() as meter:
+                loss = CrossEntropy(0.1)(model, batch, Gathered(model), 1.0)
+                saved = meter.live
+                loss.backward()
+        return saved, meter.peak
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        (plain, plain_peak), (less, less_peak) = read(True, False), read(True, True)
+        assert less == read(False, True)[0] < plain / 3
+        assert less_peak < plain_peak / 2
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_low_rank_adaptation(forks, corpus, alone, tmp_path, world):
+    # Of a rank of 3 the last of 4 processes has no row.
+    keys = ("lora={rank: 3, whole: [encoder_norm.*]}", "--init-from", alone, "train.rate=0.01")
+    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
+    state, published = masters(tmp_path / "more"), bundle(tmp_path / "more")
+    assert published.keys() == bundle(alone).keys()
+    name = "decoder.0.cross.joined"
+    a, b = (state[f"master.{name}.lora_{kind}"].double() for kind in "ab")
+    added = published[f"{name}.weight"].double() - state[f"master.{name}.weight"].double()
+    torch.testing.assert_close(added, b @ a * (16 / 3), rtol=1e-4, atol=1e-6)
+    assert torch.equal(state[f"master.{name}.weight"], bundle(alone)[f"{name}.weight"])

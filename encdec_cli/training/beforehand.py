@@ -87,7 +87,6 @@ def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -
     if world > 1 and recipe.train.tokens == "auto":
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     whole = {
-        "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,
         "teacher.model": recipe.teacher.model,

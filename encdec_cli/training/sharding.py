@@ -27,6 +27,7 @@ from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -74,7 +75,7 @@ class Sharded:
                     named[name] = full.cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
-        return lambda: named
+        return lambda: merged(whole, named)
 
     def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
         """Let each process write its rows, and the first the rest; commit when all have written."""
@@ -121,7 +122,7 @@ class ShardedGradients:
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
             with self.ranks.computing("a micro-batch"):
                 with drawing(own_seed):
-                    loss = self.objective(self.model, batch, _Gathered(self.model), weight)
+                    loss = self.objective(self.model, batch, Gathered(self.model), weight)
                 loss.backward()  # type: ignore[no-untyped-call]
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
@@ -129,7 +130,7 @@ class ShardedGradients:
             yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
 
 
-class _Gathered(Sequence[nn.Parameter]):
+class Gathered(Sequence[nn.Parameter]):
     """The parameters as they are when somebody looks: those of a gathered unit are whole."""
 
     def __init__(self, model: Model) -> None:
