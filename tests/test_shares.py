@@ -134,3 +134,13 @@ def test_low_rank_adaptation(forks, corpus, alone, tmp_path, world):
     added = published[f"{name}.weight"].double() - state[f"master.{name}.weight"].double()
     torch.testing.assert_close(added, b @ a * (16 / 3), rtol=1e-4, atol=1e-6)
     assert torch.equal(state[f"master.{name}.weight"], bundle(alone)[f"{name}.weight"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
+def test_rules_for_whole_matrices(forks, corpus, tmp_path, optimizer, world):
+    # 14 rows for the words: shares of unequal size. Six shapes, of one to four matrices.
+    keys = (f"train.optimizer={optimizer}", "train.weight_decay=0.1")
+    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
+    trained(forks, 1, corpus, *BRIEF, *keys, "--output", tmp_path / "other")
+    assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))

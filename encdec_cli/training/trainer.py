@@ -40,7 +40,7 @@ from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt, check_start
 from encdec_cli.training.objective import make_objective
-from encdec_cli.training.rules import make_optimizer
+from encdec_cli.training.rules import hidden_matrices, make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.tensorboard import Board
@@ -96,10 +96,11 @@ class Trainer:
         if self.layout.even:
             _ = self.formula  # which shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
+        inner = hidden_matrices(model) if self.train.optimizer == "muon" else ()
         whole = self.layout.whole(model, chosen)
         self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
         self.feed = Feed(self.bundle, setting.data, setting.device)
-        self.optimizer = make_optimizer(model, self.train, self.first(np.array([0])), chosen.dtype)
+        self.optimizer = make_optimizer(model, self.train, inner, chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
         compiled = compiles(setting.recipe, model, setting.device)
@@ -237,7 +238,7 @@ class Trainer:
             self._leave_out(f"loss {loss}, gradient norm {norm}", batches, job)
             return
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
-        self.optimizer.step(rate)
+        self.optimizer.step(rate, self.ranks)
         self._passed(batches)
         progress.tokens += tokens
         progress.loss += loss
