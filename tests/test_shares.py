@@ -19,7 +19,7 @@ from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.precision import Precision
 from tests.forked import Forks
 from tests.test_checkpointing import batches
-from tests.test_distributed import assert_same, masters, trained
+from tests.test_distributed import assert_same, masters, torchrun, trained
 
 # Without biases: those of keys have no gradient but rounding, of which Adam makes whole steps.
 BRIEF = ("train.precision=fp32", "train.accumulate=4", "train.steps=4", "train.validate_every=4", "train.save_every=2")
@@ -144,3 +144,20 @@ def test_rules_for_whole_matrices(forks, corpus, tmp_path, optimizer, world):
     same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
     trained(forks, 1, corpus, *BRIEF, *keys, "--output", tmp_path / "other")
     assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("train.checkpointing=true",)])
+def test_compiled_layers(corpus, tmp_path, more):
+    # Not as forks of a parent, in which the compiler hangs.
+    def run(name: str, world: int, *changes: str) -> None:
+        options = (*BRIEF, "train.compile=true", "model.dropout=0", *more, *changes)
+        done = torchrun(world, corpus, *options, "--output", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+
+    run("one", 1)
+    run("more", 2, SHARD)
+    assert_near(masters(tmp_path / "more"), masters(tmp_path / "one"))
+    run("broken", 2, SHARD, "train.steps=2")
+    run("broken", 2, SHARD)
+    assert_same(tmp_path / "broken", tmp_path / "more")
