@@ -111,25 +111,26 @@ class DecoderLayer(nn.Module):
         layer: int,
         rotary: Rotary | None,
         mask: Tensor | None = None,
-        seen: list[Tensor] | None = None,
+        shows: bool = False,
         through: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
-    ) -> Tensor:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`.
 
-        mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
+        mask: as `Ancestry.extend` gives it. If it `shows`, it returns the weights of the attention to the source, too,
         [rows, heads, new, src_len]. `through`, if given, computes the first tokens of every row, as `_decode_whole`.
         """
         if through is not None:
             x, keys, values = through(self, x, state.sources[layer], state.mask, rotary)
             state.caches[layer].append(keys, values, 0, keys.shape[2])
             return x
-        if x.shape[1] == 1 and seen is None and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
+        if x.shape[1] == 1 and not shows and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
             return found
         cache, ancestry = state.caches[layer], state.ancestry
         keys, values = state.sources[layer]
+        seen: list[Tensor] = []
 
         def look(y: Tensor) -> Tensor:
-            if seen is not None:
+            if shows:
                 seen.append(self.cross.weights(y, keys, state.mask))
             mixed: Tensor = self.cross(y, keys, values, state.mask)
             return mixed
@@ -137,7 +138,7 @@ class DecoderLayer(nn.Module):
         x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, rotary, cache, ancestry))
         x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
-        return output
+        return (output, seen[0]) if shows else output
 
 
 @dataclass
@@ -187,12 +188,12 @@ def _encode_whole(layer: EncoderLayer, x: Tensor, mask: Tensor | None, rotary: R
 
 
 def _decode_whole(
-    layer: DecoderLayer, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
+    layer: nn.Module, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a decoder's layer for all positions at once; return its output, and its keys and values."""
     ancestry = Ancestry(1)
     state = TransformerState(1, ancestry, [KeysValues()], [source], mask)
-    output = layer.forward(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
+    output: Tensor = layer.forward(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
     keys, values = state.caches[0].stores
     return output, keys, values
 
@@ -367,9 +368,8 @@ class Transformer(Model):
         x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
         mask = state.ancestry.extend(tokens.shape[1], x)
         for number, layer in enumerate(self.decoder):
-            seen: list[Tensor] = []
-            x = layer(x, state, number, self.rotary, mask, seen)
-            yield seen[0]
+            x, weights = layer(x, state, number, self.rotary, mask, shows=True)
+            yield weights
 
     def compile_layers(self) -> None:
         """Compile what training does of a layer, for batches of any shape, once for all layers."""

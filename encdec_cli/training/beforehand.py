@@ -87,9 +87,7 @@ def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -
     if world > 1 and recipe.train.tokens == "auto":
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     whole = {
-        "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,
-        "teacher.model": recipe.teacher.model,
     }
     asked = [key for key, value in whole.items() if value]
     if world > 1 and recipe.parallel.shard and asked:

@@ -20,8 +20,8 @@ def compiles(recipe: Recipe, model: Model, device: str) -> bool:
 
     `auto` depends on the recipe and the machine alone, so that a run that goes on does what it did before. On a CPU it
     does not pay: 3 + 3 layers of width 256 trained at 0.63 (bf16) and 0.84 (fp32) of the speed without it, since our
-    dropout and our products are faster than those that the compiler makes. With shares of a model `auto` compiles nothing:
-    whether it pays there has not been measured.
+    dropout and our products are faster than those that the compiler makes. With shares of a model `auto` compiles
+    nothing: whether it pays there has not been measured.
     """
     wanted = recipe.train.compile
     if wanted == "auto":

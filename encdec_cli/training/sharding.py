@@ -44,26 +44,15 @@ class Sharded:
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
         copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
-        # It warns of views that are changed in place; no layer here changes what another returned.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.ranks.world,))
-        # Inputs are of that type already; to cast them would copy the lists among them, which a layer may add to.
-        policy = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
-        for buffer in model.buffers():
-            buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
-        for unit in (*model.units(), model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self._root = Root(model)
+        share_out(self._root, self.ranks, precision)
         return copy
 
     def gradients(
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
     ) -> ShardedGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
-        return ShardedGradients(model, parameters, objective, self.ranks)
+        return ShardedGradients(self._root, parameters, objective, self.ranks)
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
@@ -95,6 +84,38 @@ def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
     return weight.full_tensor()
 
 
+class Root(nn.Module):
+    """What stands around a model in shares: while it is called, what is in none of the model's units is gathered.
+
+    So an objective may call whichever methods of the model it likes.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, objective: Objective, batch: Batch, weight: float) -> Tensor:
+        """Return the loss of a micro-batch; see `Objective`."""
+        return objective(self.model, batch, _Gathered(self.model), weight)
+
+
+def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
+    """Leave this process its rows of a model's weights, gathered in the type of the computation."""
+    # It warns of views that are changed in place; no layer here changes what another returned.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    mesh = init_device_mesh(next(root.parameters()).device.type, (ranks.world,))
+    # Inputs are of that type already; to cast them would copy the lists among them, which a layer may add to.
+    policy = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
+    for buffer in root.buffers():
+        buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
+    for unit in (*root.model.units(), root):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
 class ShardedGradients:
     """Computes micro-batches in turn and gives this process's rows of the sum of all processes' gradients.
 
@@ -103,9 +124,10 @@ class ShardedGradients:
 
     workers = 1
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
+    def __init__(self, root: Root, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.model = model
+        self.root = root
+        self.model = root.model
         self.parameters = parameters
         self.objective = objective
 
@@ -122,15 +144,15 @@ class ShardedGradients:
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
             with self.ranks.computing("a micro-batch"):
                 with drawing(own_seed):
-                    loss = self.objective(self.model, batch, Gathered(self.model), weight)
-                loss.backward()  # type: ignore[no-untyped-call]
+                    loss = self.root(self.objective, batch, weight)
+                loss.backward()
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
             yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
 
 
-class Gathered(Sequence[nn.Parameter]):
+class _Gathered(Sequence[nn.Parameter]):
     """The parameters as they are when somebody looks: those of a gathered unit are whole."""
 
     def __init__(self, model: Model) -> None:

@@ -94,11 +94,12 @@ class Trainer:
         self.layout = make_layout(setting.recipe, self.ranks, setting.say)
         self._check_lengths()
         if self.layout.even:
-            _ = self.formula  # which shares of a model do not tell
+            _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
+        self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
+        objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
         inner = hidden_matrices(model) if self.train.optimizer == "muon" else ()
-        whole = self.layout.whole(model, chosen)
-        self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
+        self.bundle.model = whole = self.layout.whole(model, chosen)
         self.feed = Feed(self.bundle, setting.data, setting.device)
         self.optimizer = make_optimizer(model, self.train, inner, chosen.dtype)
         chosen.apply(whole)
@@ -106,7 +107,6 @@ class Trainer:
         compiled = compiles(setting.recipe, model, setting.device)
         # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
-        objective = make_objective(self.bundle, self.store, setting.device)
         self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
