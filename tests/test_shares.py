@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -97,19 +98,19 @@ def test_layers_that_are_computed_again(forks, corpus, tmp_path, world):
 
 
 def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
-    from encdec_cli.training.sharding import Root, share_out
+    from encdec_cli.training.sharding import Gathered, Root, share_out
 
     def read(shared: bool, checkpointing: bool) -> tuple[int, int]:
         torch.manual_seed(1)
         model = Transformer(Transformer.Config(4, 4, 32, 4, 128), 30, 30)
         model.checkpointing = checkpointing
-        loss_of = Root(model)
+        root = Root(model)
         if shared:
-            share_out(loss_of, Ranks(), Precision(torch.float32))
+            share_out(root, Ranks(), Precision(torch.float32))
         (batch,) = batches(16, 20, 1)
         for _ in range(2):  # the first time the gathered weights get their place
             with drawing(0), Meter() as meter:
-                loss = loss_of(CrossEntropy(0.1), batch, 1.0)
+                loss = root(partial(CrossEntropy(0.1), model, batch, Gathered(model), 1.0))
                 saved = meter.live
                 loss.backward()
         return saved, meter.peak
@@ -162,6 +163,12 @@ def test_compiled_layers(corpus, tmp_path, more):
     run("broken", 2, SHARD, "train.steps=2")
     run("broken", 2, SHARD)
     assert_same(tmp_path / "broken", tmp_path / "more")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_outputs_that_a_model_in_shares_draws(forks, corpus, alone, tmp_path, world):
+    keys = ("risk={metric: chrf, samples: 3, weight: 1.0}", "--init-from", alone, "decoding.max_length=8")
+    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
 
 
 @pytest.mark.parametrize("world", WORLDS)

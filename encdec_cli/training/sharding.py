@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,23 @@ class Sharded:
         """Return what computes micro-batches in turn; see `Layout`."""
         return ShardedGradients(self._root, parameters, objective, self.ranks)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Gather all weights inside the block; see `Layout`."""
+        root, *units = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+        with self.ranks.computing("gathering the weights"), torch.no_grad():
+            self._root(_nothing)
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+            root.reshard()
+
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
         named, averages = {}, optimizer.averages()
@@ -84,19 +102,23 @@ def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
     return weight.full_tensor()
 
 
+def _nothing() -> None:
+    return None
+
+
 class Root(nn.Module):
     """What stands around a model in shares: while it is called, what is in none of the model's units is gathered.
 
-    So an objective may call whichever methods of the model it likes.
+    So an objective may call whichever methods of the model it likes. It must be called before any of its units.
     """
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, objective: Objective, batch: Batch, weight: float) -> Tensor:
-        """Return the loss of a micro-batch; see `Objective`."""
-        return objective(self.model, batch, _Gathered(self.model), weight)
+    def forward(self, work: Callable[[], Tensor | None]) -> Tensor | None:
+        """Return what `work` does, such as the loss of a micro-batch."""
+        return work()
 
 
 def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
@@ -144,7 +166,7 @@ class ShardedGradients:
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
             with self.ranks.computing("a micro-batch"):
                 with drawing(own_seed):
-                    loss = self.root(self.objective, batch, weight)
+                    loss = self.root(partial(self.objective, self.model, batch, Gathered(self.model), weight))
                 loss.backward()
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
@@ -152,7 +174,7 @@ class ShardedGradients:
             yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
 
 
-class _Gathered(Sequence[nn.Parameter]):
+class Gathered(Sequence[nn.Parameter]):
     """The parameters as they are when somebody looks: those of a gathered unit are whole."""
 
     def __init__(self, model: Model) -> None:

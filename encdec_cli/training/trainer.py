@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -100,7 +100,7 @@ class Trainer:
         objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
         inner = hidden_matrices(model) if self.train.optimizer == "muon" else ()
         self.bundle.model = whole = self.layout.whole(model, chosen)
-        self.feed = Feed(self.bundle, setting.data, setting.device)
+        self.feed = Feed(replace(self.bundle, model=model), setting.data, setting.device, self.layout.alone)
         self.optimizer = make_optimizer(model, self.train, inner, chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
