@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
@@ -120,6 +121,11 @@ def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
         (plain, plain_peak), (less, less_peak) = read(True, False), read(True, True)
         assert less == read(False, True)[0] < plain / 3
         assert less_peak < plain_peak / 2
+        # A model that would do it around a layer's call gets no gradients, so it is told.
+        model = Transformer(Transformer.Config(1, 1, 8, 2, 16), 30, 30)
+        share_out(Root(model), Ranks(), Precision(torch.float32))
+        with pytest.raises(TypeError, match="inside the layer's call"):
+            checkpointed(model.encoder[0], lambda x: (x,), torch.ones(1, 2, 8))
     finally:
         torch.distributed.destroy_process_group()
 
