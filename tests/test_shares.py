@@ -55,47 +55,95 @@ def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-6, msg=lambda text: f"{name}: {text}")  # noqa: B023
 
 
-def same_as_one(forks, world: int, folder: Path, *options: str | Path) -> None:
-    """Train by one process and by shares, unbroken and broken; leave the runs `one` and `more`."""
-    one, more, broken = (folder / name for name in ("one", "more", "broken"))
+def scores(run: Path) -> dict[str, float]:
+    return json.loads((run / "bundle" / "bundle.json").read_text())["facts"]["scores"]
+
+
+def near_one(forks, world: int, folder: Path, *options: str | Path) -> None:
+    """Assert that one process (`one`) and shares (`more`) learn the same and publish the same."""
+    one, more = folder / "one", folder / "more"
     trained(forks, 1, *options, "--output", one)
     trained(forks, world, *options, SHARD, "--output", more)
     assert_near(masters(more), masters(one))
     assert_near(bundle(more), bundle(one))
+    assert scores(more) == pytest.approx(scores(one), rel=1e-4)
+
+
+def goes_on(forks, world: int, folder: Path, *options: str | Path) -> None:
+    """Assert that shares (`more`) that were broken end with the same bytes, and go on as a whole, too."""
+    broken, whole = folder / "broken", folder / "whole"
     trained(forks, world, *options, SHARD, "train.steps=2", "--output", broken)
-    shutil.copytree(broken, folder / "other", symlinks=True)
+    shutil.copytree(broken, whole, symlinks=True)
     trained(forks, world, *options, SHARD, "--output", broken)
-    assert_same(broken, more)
+    assert_same(broken, folder / "more")
+    trained(forks, 1, *options, "--output", whole)
+    assert_near(masters(whole), masters(folder / "more"))
 
 
-WORLDS = [2, pytest.param(4, marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_averages_and_frozen_weights(forks, corpus, tmp_path, world):
+def test_what_a_recipe_asks_for_all_at_once(forks, corpus, alone, tmp_path):
     options = (corpus, *BRIEF, "train.ema=0.6", "train.freeze=[encoder.*, target_embedding.weight]")
-    same_as_one(forks, world, tmp_path, *options)
+    options += ("train.checkpointing=true", "train.optimizer=adafactor", f"teacher.model={alone}", "guide.weight=0.5")
+    near_one(forks, 2, tmp_path, *options)
+    goes_on(forks, 2, tmp_path, *options)
     state, published = masters(tmp_path / "more"), bundle(tmp_path / "more")
-    frozen = [name for name in published if f"ema.{name}" not in state]
+    frozen = {name for name in published if f"ema.{name}" not in state}
     assert "target_embedding.weight" in frozen
     assert "decoder.0.cross.joined.weight" not in frozen
     for name, value in published.items():
         assert torch.equal(value, state[f"master.{name}" if name in frozen else f"ema.{name}"])
-        # Nothing that is frozen has been moved, by whichever rows.
-        start = masters(tmp_path / "one")[f"master.{name}"]
-        assert (name not in frozen) or torch.equal(value, start)
-    # From shares to the whole.
-    trained(forks, 1, *options, "--output", tmp_path / "other")
-    assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))
-    scores = [json.loads((tmp_path / run / "bundle" / "bundle.json").read_text())["facts"] for run in ("one", "more")]
-    assert scores[0]["scores"] == pytest.approx(scores[1]["scores"], rel=1e-4)
+    # Nothing that is frozen has been moved, by whichever rows.
+    begun = masters(tmp_path / "one")
+    assert all(torch.equal(published[name], begun[f"master.{name}"]) for name in frozen)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_layers_that_are_computed_again(forks, corpus, tmp_path, world):
-    same_as_one(forks, world, tmp_path, corpus, *BRIEF, "train.checkpointing=true")
-    trained(forks, world, corpus, *BRIEF, SHARD, "--output", tmp_path / "plain")
-    assert_same(tmp_path / "more", tmp_path / "plain")
+ALONE = "ALONE"
+KEYS = {
+    "averages": ("train.ema=0.6",),
+    "frozen": ("train.freeze=[encoder.*, target_embedding.weight]",),
+    "again": ("train.checkpointing=true",),
+    # 14 rows for the words: shares of unequal size. Six shapes, of one to four matrices.
+    "adafactor": ("train.optimizer=adafactor", "train.weight_decay=0.1"),
+    "muon": ("train.optimizer=muon", "train.weight_decay=0.1"),
+    "teacher": (f"teacher.model={ALONE}",),
+    "guide": ("guide.weight=0.5",),
+    "agreement": ("regularize.rdrop=5",),
+    # Of a rank of 3 the last of 4 processes has no row.
+    "lora": ("lora={rank: 3, whole: [encoder_norm.*]}", "--init-from", ALONE),
+    "risk": ("risk={metric: chrf, samples: 3}", "--init-from", ALONE, "decoding.max_length=8"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("keys", KEYS.values(), ids=KEYS)
+def test_each_thing_that_a_recipe_asks_for(forks, corpus, alone, tmp_path, keys, world):
+    options = (corpus, *BRIEF, *(key.replace(ALONE, str(alone)) for key in keys))
+    near_one(forks, world, tmp_path, *options)
+    goes_on(forks, world, tmp_path, *options)
+
+
+@pytest.mark.slow
+def test_layers_that_are_computed_again_give_the_same_bits(forks, corpus, tmp_path):
+    for name, key in (("again", "true"), ("once", "false")):
+        trained(forks, 2, corpus, *BRIEF, SHARD, f"train.checkpointing={key}", "--output", tmp_path / name)
+    assert_same(tmp_path / "again", tmp_path / "once")
+
+
+def test_low_rank_adaptation_with_steps_for_whole_matrices(forks, corpus, alone, tmp_path):
+    keys = ("lora={rank: 3, whole: [encoder_norm.*]}", "--init-from", alone, "train.optimizer=muon")
+    near_one(forks, 2, tmp_path, corpus, *BRIEF, *keys)
+    state, published = masters(tmp_path / "more"), bundle(tmp_path / "more")
+    assert published.keys() == bundle(alone).keys()
+    name = "decoder.0.cross.joined"
+    a, b = (state[f"master.{name}.lora_{kind}"].double() for kind in "ab")
+    added = published[f"{name}.weight"].double() - state[f"master.{name}.weight"].double()
+    torch.testing.assert_close(added, b @ a * (16 / 3), rtol=1e-4, atol=1e-6)
+    assert torch.equal(state[f"master.{name}.weight"], bundle(alone)[f"{name}.weight"])
+
+
+def test_outputs_that_a_model_in_shares_draws(forks, corpus, alone, tmp_path):
+    keys = ("risk={metric: chrf, samples: 3}", "--init-from", alone, "decoding.max_length=8")
+    near_one(forks, 2, tmp_path, corpus, *BRIEF, *keys)
 
 
 def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
@@ -130,30 +178,6 @@ def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_low_rank_adaptation(forks, corpus, alone, tmp_path, world):
-    # Of a rank of 3 the last of 4 processes has no row.
-    keys = ("lora={rank: 3, whole: [encoder_norm.*]}", "--init-from", alone, "train.rate=0.01")
-    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
-    state, published = masters(tmp_path / "more"), bundle(tmp_path / "more")
-    assert published.keys() == bundle(alone).keys()
-    name = "decoder.0.cross.joined"
-    a, b = (state[f"master.{name}.lora_{kind}"].double() for kind in "ab")
-    added = published[f"{name}.weight"].double() - state[f"master.{name}.weight"].double()
-    torch.testing.assert_close(added, b @ a * (16 / 3), rtol=1e-4, atol=1e-6)
-    assert torch.equal(state[f"master.{name}.weight"], bundle(alone)[f"{name}.weight"])
-
-
-@pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
-def test_rules_for_whole_matrices(forks, corpus, tmp_path, optimizer, world):
-    # 14 rows for the words: shares of unequal size. Six shapes, of one to four matrices.
-    keys = (f"train.optimizer={optimizer}", "train.weight_decay=0.1")
-    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
-    trained(forks, 1, corpus, *BRIEF, *keys, "--output", tmp_path / "other")
-    assert_near(masters(tmp_path / "other"), masters(tmp_path / "more"))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("train.checkpointing=true",)])
 def test_compiled_layers(corpus, tmp_path, more):
@@ -169,14 +193,3 @@ def test_compiled_layers(corpus, tmp_path, more):
     run("broken", 2, SHARD, "train.steps=2")
     run("broken", 2, SHARD)
     assert_same(tmp_path / "broken", tmp_path / "more")
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_outputs_that_a_model_in_shares_draws(forks, corpus, alone, tmp_path, world):
-    keys = ("risk={metric: chrf, samples: 3, weight: 1.0}", "--init-from", alone, "decoding.max_length=8")
-    same_as_one(forks, world, tmp_path, corpus, *BRIEF, *keys)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_teacher_and_a_guide(forks, corpus, alone, tmp_path, world):
-    same_as_one(forks, world, tmp_path, corpus, *BRIEF, f"teacher.model={alone}", "guide={weight: 0.5}")
