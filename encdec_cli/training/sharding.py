@@ -79,7 +79,7 @@ class Sharded:
             for name, value in model.state_dict().items():
                 full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
                 if self.ranks.first:
-                    named[name] = full.cpu()
+                    named[name] = (full.float() if full.is_floating_point() else full).cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
         return lambda: merged(whole, named)
