@@ -248,12 +248,6 @@ def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corp
     assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_muon_needs_whole_matrices(forks, corpus, tmp_path):
-    commands = launch(forks, 2, corpus, *TWO, SHARD, "train.optimizer=muon", "--output", tmp_path / "run")
-    assert [command.wait() for command in commands] == [2, 2]
-    assert "Muon needs whole matrices" in commands[0].stderr
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 20), st.integers(0, 20))
 def test_rows_are_found_in_however_many_files(sizes, one, other):

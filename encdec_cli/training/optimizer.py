@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError
+from encdec_cli.training.distributed import Ranks
 
 
 @dataclass
@@ -38,16 +39,16 @@ class Weight:
 class Rule(Protocol):
     """How masters follow gradients."""
 
-    elementwise: ClassVar[bool]
-    """Whether it may be given some rows of a weight and do with them what it would do with the whole."""
+    unshared: ClassVar[frozenset[str]]
+    """The moments that every process has whole where it has some rows only of a weight; the others have its rows."""
 
     def moments(self, master: Tensor) -> dict[str, Tensor]:
         """Return what it remembers of a weight before the first update, by name."""
 
-    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
-        """Change the masters, and the moments, by the gradients; `updates` have been done before.
+    def update(self, weights: Sequence[Weight], rate: float, updates: int, ranks: Ranks) -> None:
+        """Change the masters, and the moments, by the gradients, which may be overwritten; see `Optimizer.step`.
 
-        A weight without a gradient counts as one whose gradient is zero.
+        A weight without a gradient counts as one whose gradient is zero. `updates` have been done before.
         """
 
 
@@ -71,7 +72,7 @@ class Optimizer:
         self._groups: list[tuple[Rule, list[Weight]]] = []
         self._frozen: list[Weight] = []
         for rule, parameters in rules:
-            named = [_new_weight(rule, name, parameter) for name, parameter in parameters]
+            named = [_new_weight(name, parameter) for name, parameter in parameters]
             self._frozen += [weight for weight in named if not weight.parameter.requires_grad]
             weights = [weight for weight in named if weight.parameter.requires_grad]
             for weight in weights:
@@ -129,17 +130,20 @@ class Optimizer:
         if not gradients:
             return 0.0
         norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
-        if self.rows():
+        if any(weight.rows is not None for weight in self._weights):
             norm = math.sqrt(total(norm * norm))
         if limit and math.isfinite(norm) and norm + 1e-6 > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients."""
+    def step(self, rate: float, ranks: Ranks | None = None) -> None:
+        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients.
+
+        ranks: the processes that share the weights; None: this one alone.
+        """
         for rule, weights in self._groups:
-            rule.update(weights, rate, self.updates)
+            rule.update(weights, rate, self.updates, ranks or Ranks())
         self.updates += 1
         self._average()
         self.forget()
@@ -160,8 +164,12 @@ class Optimizer:
 
     def rows(self) -> dict[str, slice]:
         """Return the names in `state()` of which this process has some rows only, and which."""
-        shared = ((weight.rows, weight.state()) for weight in self._weights if weight.rows is not None)
-        return {name: rows for rows, state in shared for name in state}
+        weights = (*self._weights, *self._frozen)
+        shared = {name: weight.rows for weight in weights if weight.rows is not None for name in weight.state()}
+        for rule, own in self._groups:
+            for name in (f"{moment}.{weight.name}" for moment in rule.unshared for weight in own):
+                shared.pop(name, None)
+        return shared
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
@@ -173,10 +181,14 @@ class Optimizer:
 
     @contextmanager
     def averages_in_use(self) -> Iterator[None]:
-        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile."""
-        own = [(weight.parameter, weight.parameter.data) for weight in self._weights]
+        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile.
+
+        A model whose weights are shared out is left as it is: its averages are gathered, see `Layout.weights`.
+        """
+        whole = [weight for weight in self._weights if weight.rows is None]
+        own = [(weight.parameter, weight.parameter.data) for weight in whole]
         try:
-            for weight in self._weights:
+            for weight in whole:
                 if weight.average is not None:
                     weight.parameter.data = weight.average.to(weight.parameter.dtype)
             yield
@@ -217,13 +229,8 @@ class Optimizer:
         _publish([*self._weights, *self._frozen])
 
 
-def _new_weight(rule: Rule, name: str, parameter: nn.Parameter) -> Weight:
+def _new_weight(name: str, parameter: nn.Parameter) -> Weight:
     own, rows = _own(parameter)
-    if rows is not None and not rule.elementwise:
-        raise UsageError(
-            f"train.optimizer: {type(rule).__name__} needs whole matrices, and parallel.shard leaves each process some "
-            "rows of them; use adamw, or parallel.shard=false."
-        )
     return Weight(name, parameter, own.detach().float(), rows=rows)
 
 
