@@ -78,6 +78,7 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "encoder_layer": [pointer, pointer],
         "norm": [pointer, number, number, pointer, pointer, ctypes.c_float, flag, pointer],
         "attend": [pointer] * 6,
+        "cross_entropy": [pointer, number, number, *[pointer] * 3, *[ctypes.c_float] * 2, pointer, pointer],
     }.items():
         one = getattr(found, name)
         one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]

@@ -90,9 +90,10 @@ class Agreement:
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
+        logits = logits.float()  # and so is the gradient, to which more is added
         total, gradient = self.base(logits, rows, weight / 2)
         shape, share = (-1, 2, logits.shape[1]), weight * self.weight / 4
-        chances = logits.float().log_softmax(1).view(shape)
+        chances = logits.log_softmax(1).view(shape)
         ratio = chances[:, 0] - chances[:, 1]
         p, q = chances.exp_().unbind(1)  # in place, here and below: what is freed and taken anew costs more
         forth, back = (sign * torch.einsum("nv,nv->n", one, ratio)[:, None] for sign, one in ((1, p), (-1, q)))

@@ -1,0 +1,122 @@
+"""What training on a CPU does in C between the products: each against its definition, in more digits, and torch's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from encdec_cli import kernels
+from encdec_cli.training.loss import CrossEntropy
+
+compiled = pytest.mark.skipif(kernels.library() is None, reason="this machine has no C compiler")
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+SOME = settings(max_examples=40, deadline=None)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+seeds = st.integers(0, 10**6)
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Call this for torch's operators from then on."""
+    return lambda: monkeypatch.setattr(kernels, "library", lambda: None)
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Call this to let all work be shared out over so many threads from then on."""
+
+    def share(count: int) -> None:
+        monkeypatch.setattr("encdec_cli.kernels.matrix.SHARED_OUT", 0)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+
+    return share
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def close(found: Tensor, wanted: Tensor, share: float) -> None:
+    """To a share of the largest number that is wanted, or of 1, and to half a step of the type that was found."""
+    step = torch.finfo(found.dtype).eps / 2
+    torch.testing.assert_close(
+        found.double(), wanted.double(), rtol=step, atol=share * max(1.0, float(wanted.abs().max()))
+    )
+
+
+def criterion(rows: int, vocab: int, seed: int, prior: bool = False, scale: bool = False) -> CrossEntropy:
+    target = torch.randint(vocab, (rows,), generator=generator(seed))
+    shares = torch.rand(vocab, generator=generator(seed)) if prior else None
+    scales = torch.randn(rows + 3, generator=generator(seed))[3:] if scale else None
+    return CrossEntropy(target, 0.1 * (seed % 3), None if shares is None else shares / shares.sum(), scales)
+
+
+@compiled
+@SOME
+@given(st.integers(1, 9), st.sampled_from([1, 2, 31, 32, 33, 64, 1000]), dtypes, st.booleans(), st.booleans(), seeds)
+@torch.no_grad()
+def test_cross_entropy_is_its_formula(rows, vocab, dtype, prior, scale, seed):
+    loss = criterion(rows, vocab, seed, prior, scale)
+    logits = (torch.randn(rows, vocab, generator=generator(seed)) * 5).to(dtype)
+    logits[0] -= 1e4
+    before = logits.clone()
+    found, gradient = loss(logits, slice(0, rows), 0.25)
+    assert torch.equal(logits, before)
+    assert gradient.dtype == dtype
+    with torch.enable_grad():
+        exact = logits.double().requires_grad_()
+        spread = torch.full((vocab,), 1 / vocab) if loss.prior is None else loss.prior
+        wanted = torch.lerp(torch.eye(vocab)[loss.target].double(), spread.double(), loss.smoothing)
+        each = -(wanted * exact.log_softmax(1)).sum(1)
+        total = (each if loss.scale is None else each * loss.scale).sum()
+        (by_logits,) = torch.autograd.grad(total, exact)
+    # Rounded are the numbers that its terms are made of, which are as large as the logits.
+    assert float(found) == pytest.approx(float(total), rel=1e-5, abs=1e-6 * float(logits.abs().sum(0).max() + 10))
+    close(gradient, by_logits * 0.25, 1e-6)
+
+
+@compiled
+@TYPES
+@torch.no_grad()
+def test_cross_entropy_is_that_of_torch_whatever_the_threads(without, threads, dtype):
+    logits, rows = (torch.randn(23, 100) * 3).to(dtype), slice(2, 25)
+    losses = [criterion(25, 100, seed, seed > 1, seed > 0) for seed in range(3)]
+    ours = [one(logits, rows, 0.5) for one in losses]
+    threads(3)
+    for (loss, gradient), (its_loss, its_gradient) in zip(
+        ours, (one(logits, rows, 0.5) for one in losses), strict=True
+    ):
+        assert torch.equal(loss, its_loss)
+        assert torch.equal(gradient, its_gradient)
+    transposed = losses[0](logits.T.contiguous().T, rows, 0.5)
+    without()
+    for (loss, gradient), one in zip((*ours, transposed), (*losses, losses[0]), strict=True):
+        wanted, by_logits = one(logits, rows, 0.5)
+        torch.testing.assert_close(loss, wanted, rtol=1e-6, atol=1e-6)
+        close(gradient, by_logits, 1e-6)
+
+
+@compiled
+@TYPES
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@torch.no_grad()
+def test_the_loss_of_what_is_no_number_is_none(without, bad, dtype):
+    logits = torch.randn(3, 70).to(dtype)
+    logits[1, 66] = bad
+    losses = [CrossEntropy(torch.tensor([1, 66, 3]), 0.1), CrossEntropy(torch.tensor([1, 2, 3]))]
+    ours = [one(logits, slice(0, 3), 1.0) for one in losses]
+    without()
+    for (found, gradient), one in zip(ours, losses, strict=True):
+        wanted, by_logits = one(logits, slice(0, 3), 1.0)
+        assert float(found) == pytest.approx(float(wanted), rel=1e-6, nan_ok=True)
+        torch.testing.assert_close(gradient, by_logits.to(dtype), equal_nan=True, rtol=1e-2, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_target_that_is_no_token_is_refused():
+    for wrong in (-1, 5):
+        with pytest.raises((IndexError, RuntimeError)):
+            CrossEntropy(torch.tensor([0, wrong]))(torch.zeros(2, 5), slice(0, 2), 1.0)
