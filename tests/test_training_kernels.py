@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from encdec_cli import kernels
+from encdec_cli.kernels.dropout import draw
+from encdec_cli.models.dropout import Dropout, drawing, dropout, keep_mask
 from encdec_cli.training.loss import CrossEntropy
 
 compiled = pytest.mark.skipif(kernels.library() is None, reason="this machine has no C compiler")
@@ -41,10 +43,8 @@ def generator(seed: int) -> torch.Generator:
 
 def close(found: Tensor, wanted: Tensor, share: float) -> None:
     """To a share of the largest number that is wanted, or of 1, and to half a step of the type that was found."""
-    step = torch.finfo(found.dtype).eps / 2
-    torch.testing.assert_close(
-        found.double(), wanted.double(), rtol=step, atol=share * max(1.0, float(wanted.abs().max()))
-    )
+    step, most = torch.finfo(found.dtype).eps / 2, max(1.0, float(wanted.abs().max()))
+    torch.testing.assert_close(found.double(), wanted.double(), rtol=step, atol=share * most)
 
 
 def criterion(rows: int, vocab: int, seed: int, prior: bool = False, scale: bool = False) -> CrossEntropy:
@@ -86,9 +86,8 @@ def test_cross_entropy_is_that_of_torch_whatever_the_threads(without, threads, d
     losses = [criterion(25, 100, seed, seed > 1, seed > 0) for seed in range(3)]
     ours = [one(logits, rows, 0.5) for one in losses]
     threads(3)
-    for (loss, gradient), (its_loss, its_gradient) in zip(
-        ours, (one(logits, rows, 0.5) for one in losses), strict=True
-    ):
+    shared = [one(logits, rows, 0.5) for one in losses]
+    for (loss, gradient), (its_loss, its_gradient) in zip(ours, shared, strict=True):
         assert torch.equal(loss, its_loss)
         assert torch.equal(gradient, its_gradient)
     transposed = losses[0](logits.T.contiguous().T, rows, 0.5)
@@ -120,3 +119,64 @@ def test_a_target_that_is_no_token_is_refused():
     for wrong in (-1, 5):
         with pytest.raises((IndexError, RuntimeError)):
             CrossEntropy(torch.tensor([0, wrong]))(torch.zeros(2, 5), slice(0, 2), 1.0)
+
+
+def test_draws_are_those_of_torch_and_leave_its_generator_where_it_would_be():
+    for seed, counts in enumerate([(1, 1, 1), (311, 312, 313), (1000, 7, 624), (0, 5, 2000)]):
+        ours, its = generator(seed), generator(seed)
+        for count in counts:
+            wanted = torch.empty(count, dtype=torch.int64).random_(generator=its)
+            assert torch.equal(draw(count, ours), wanted)
+            # One number of 32 bits: words no longer begin at even places.
+            assert torch.equal(torch.rand(1, generator=ours), torch.rand(1, generator=its))
+        assert torch.equal(ours.get_state()[:5008], its.get_state()[:5008])
+
+
+def drop(x: Tensor, onto: Tensor | None, outer: Tensor, p: float) -> list[Tensor]:
+    given = [one.detach().requires_grad_() for one in (x, onto) if one is not None]
+    with drawing(7):
+        y = dropout(given[0], p, *given[1:])
+        after = dropout(torch.ones(50), 0.5)
+    return [y, after, *torch.autograd.grad(y, given, outer)]
+
+
+@SOME
+@given(st.sampled_from([(0,), (1,), (31,), (3, 33), (2, 5, 32), (0, 4), (3, 1000)]), dtypes, st.booleans(), seeds)
+def test_dropout_is_a_product_with_its_mask_to_the_bit(shape, dtype, onto, seed):
+    x, base, outer = (torch.randn(3, *shape, generator=generator(seed)) * 3).to(dtype).unbind(0)
+    x.flatten()[seed % max(1, x.numel()) :][:1] = torch.inf if seed % 2 else torch.nan
+    p = 0.1 * (1 + seed % 9)
+    found = drop(x, base if onto else None, outer, p)
+    with drawing(7):
+        mask = keep_mask(x.shape, p, dtype)
+        after = torch.ones(50) * keep_mask(torch.Size([50]), 0.5, torch.float32)
+    wanted = [base + x * mask if onto else x * mask, after, outer * mask, *([outer] if onto else [])]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@compiled
+@TYPES
+def test_dropout_is_the_same_by_torch_on_any_threads_and_for_views(without, threads, dtype):
+    x, base, outer = torch.randn(3, 7, 100).to(dtype).unbind(0)
+    work = [
+        (x, base, outer),
+        (x, None, outer.T.contiguous().T),
+        (x.T, base.T, outer.T),
+        (x, base[:1].expand(7, 100), outer),
+    ]
+    ours = [drop(*one, 0.3) for one in work]
+    threads(3)
+    shared = [drop(*one, 0.3) for one in work]
+    without()
+    for one, other, wanted in zip(ours, shared, (drop(*each, 0.3) for each in work), strict=True):
+        for a, b, c in zip(one, other, wanted, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+
+
+def test_dropout_that_is_off_only_adds():
+    x, onto = torch.randn(2, 3)
+    for module in (Dropout(0.5).eval(), Dropout(0.0)):
+        assert torch.equal(module(x), x)
+        assert torch.equal(module(x, onto), onto + x)

@@ -90,7 +90,7 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
         """Apply `sublayer` to x [rows, len, dim]."""
         if self.pre:
-            inner: Tensor = self.dropout(sublayer(self.norm(x)))
-            return x + inner
-        output: Tensor = self.norm(x + self.dropout(sublayer(x)))
+            added: Tensor = self.dropout(sublayer(self.norm(x)), x)
+            return added
+        output: Tensor = self.norm(self.dropout(sublayer(x), x))
         return output
