@@ -80,7 +80,6 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "attend": [pointer] * 6,
         "norm_gradient": [pointer, pointer, number, number, pointer, ctypes.c_float, flag, number, pointer, pointer],
         "add_blocks": [pointer, number, number, pointer],
-        "sum_rows": [pointer, *[number] * 4, pointer],
         "dropout": [*[pointer] * 3, number, number, ctypes.c_float, ctypes.c_int32, pointer],
         "cross_entropy": [pointer, number, number, *[pointer] * 3, *[ctypes.c_float] * 2, pointer, pointer],
     }.items():

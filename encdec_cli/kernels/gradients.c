@@ -1,40 +1,5 @@
-/* Gradients of norms and of biases. Sums are float and have one order, whatever the number of threads. */
+/* Gradients of norms. Sums are float and have one order, whatever the number of threads. */
 #include "norms.h"
-
-/* Columns from `first` to before `last` of the sums of rows x [rows, width], to sums [last - first] of float. */
-INLINE void add_rows(const void *x, int64_t rows, int64_t width, int64_t first, int64_t last, float *sums, int bf16) {
-    int64_t columns = last - first, whole = columns / 32 * 32;
-    memset(sums, 0, columns * sizeof *sums);
-    for (int64_t row = 0; row < rows; row += 4) {
-        int64_t count = rows - row < 4 ? rows - row : 4, place = row * width + first;
-        for (int64_t i = 0; i < whole; i += 32) { /* four rows at a time: sums are read and written less often */
-            pair y = read_pair(x, place + i, bf16);
-            for (int64_t n = 1; n < count; n++) y = add(y, read_pair(x, place + n * width + i, bf16));
-            write_pair(sums, i, add(read_pair(sums, i, 0), y), 0);
-        }
-        for (int64_t i = whole; i < columns; i++)
-            for (int64_t n = 0; n < count; n++) sums[i] += read_one(x, place + n * width + i, bf16);
-    }
-}
-
-/* Sums [count] as pairs have them, of bfloat16 32 even and odd places one after the other, to out [count] in order. */
-static void write_sums(const float *sums, int64_t count, void *out, int64_t start, int bf16) {
-    for (int64_t i = 0; i < count; i++) {
-        int64_t odd = i % 2 * 16, place = bf16 && i < count / 32 * 32 ? i / 32 * 32 + odd + i % 32 / 2 : i;
-        write_one(out, start + i, sums[place], bf16);
-    }
-}
-
-/* Sums of the columns of x [rows, width] from `first` to before `last`, to the same columns of out [width]. */
-void sum_rows(const void *x, int64_t rows, int64_t width, int64_t first, int64_t last, void *out, int bf16) {
-    enum { MOST = 1024 }; /* columns at a time, whose sums stay in the first cache */
-    float sums[MOST];
-    for (int64_t start = first; start < last; start += MOST) {
-        int64_t end = start + MOST < last ? start + MOST : last;
-        BY_TYPE(add_rows, x, rows, width, start, end, sums);
-        write_sums(sums, end - start, out, start, bf16);
-    }
-}
 
 /* Rows of x from `row` on, four at most: their own gradient, and to sums [2, width] more is added, as pairs. */
 INLINE void norm_rows_gradient(const void *x, const void *outer, int64_t row, int64_t rows, int64_t width,
@@ -87,9 +52,10 @@ void norm_gradient(const void *x, const void *outer, int64_t rows, int64_t width
     }
 }
 
-/* To out [count] the sum of sums [blocks, count], which are spoilt. */
+/* To out [count], a multiple of 32, the sum of sums [blocks, count], which are spoilt. They stand as pairs do: of
+ * bfloat16 even and odd places one after the other. */
 void add_blocks(float *sums, int64_t blocks, int64_t count, void *out, int bf16) {
     for (int64_t block = 1; block < blocks; block++)
         for (int64_t i = 0; i < count; i++) sums[i] += sums[block * count + i];
-    write_sums(sums, count, out, 0, bf16);
+    for (int64_t i = 0; i < count; i += 32) write_pair(out, i, read_pair(sums, i, 0), bf16);
 }
