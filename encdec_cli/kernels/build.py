@@ -81,6 +81,7 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "norm_gradient": [pointer, pointer, number, number, pointer, ctypes.c_float, flag, number, pointer, pointer],
         "add_blocks": [pointer, number, number, pointer],
         "dropout": [*[pointer] * 3, number, number, ctypes.c_float, ctypes.c_int32, pointer],
+        "agreement": [pointer, number, number, pointer, pointer, *[ctypes.c_float] * 3, pointer, pointer],
         "cross_entropy": [pointer, number, number, *[pointer] * 3, *[ctypes.c_float] * 2, pointer, pointer],
     }.items():
         one = getattr(found, name)

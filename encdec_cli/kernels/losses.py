@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,26 +23,48 @@ def cross_entropy(
     The gradient is computed in fp32, exponentials to 1e-7, and rounded once. Arguments as of `training.loss`: logits
     [n, vocab], dense; target [n] int64; prior [vocab]; scale [n]. Raises IndexError for a target that is no token.
     """
-    rows, vocab = logits.shape
+    scale = None if scale is None else scale.float().contiguous()
+
+    def some(first: int, *given: int | None) -> partial[None]:
+        its = None if scale is None else scale.data_ptr() + 4 * first
+        return partial(function("cross_entropy"), *given, its, smoothing, weight)
+
+    return _row_by_row(logits, target, prior, some, 1)
+
+
+def agreement(
+    logits: Tensor, target: Tensor, smoothing: float, prior: Tensor | None, pull: float, weight: float
+) -> tuple[Tensor, Tensor]:
+    """Return half of the cross-entropy of each two rows, plus `pull` times both divergences of them, and its gradient.
+
+    logits: [2 n, vocab]; target: [n], of two rows each; else as of `cross_entropy`.
+    """
+
+    def some(_first: int, *given: int | None) -> partial[None]:
+        return partial(function("agreement"), *given, smoothing, pull, weight)
+
+    return _row_by_row(logits, target, prior, some, 2)
+
+
+def _row_by_row(
+    logits: Tensor, target: Tensor, prior: Tensor | None, some: Callable[..., partial[None]], group: int
+) -> tuple[Tensor, Tensor]:
+    """Return summed loss and gradient.
+
+    some: is given a number of a target, and where its logits are, for how many targets, how many tokens, and where they
+    and the prior are; returns the call that is then given where to write and the type. group: rows of one target.
+    """
+    vocab = logits.shape[1]
     if not 0 <= int(target.min()) <= int(target.max()) < vocab:
         raise IndexError(f"a target from {int(target.min())} to {int(target.max())} among {vocab} logits")
-    target, gradient = target.contiguous(), torch.empty_like(logits)
-    prior, scale = (None if one is None else one.float().contiguous() for one in (prior, scale))
-    losses = torch.empty(rows, dtype=torch.float32)
+    target, prior = target.contiguous(), None if prior is None else prior.float().contiguous()
+    losses, gradient = torch.empty(len(target), dtype=torch.float32), torch.empty_like(logits)
     calls = []
-    for first, last in shares(rows, _COST * logits.numel()):
-        start = first * vocab * logits.element_size()
-        calls.append(
-            partial(
-                function("cross_entropy"),
-                *(logits.data_ptr() + start, last - first, vocab, target.data_ptr() + 8 * first),
-                *(prior.data_ptr() if prior is not None else None, _row(scale, first), smoothing, weight),
-                *(losses.data_ptr() + 4 * first, gradient.data_ptr() + start, logits.dtype == torch.bfloat16),
-            )
-        )
+    for first, last in shares(len(target), _COST * logits.numel()):
+        start = first * group * vocab * logits.element_size()
+        given = (logits.data_ptr() + start, last - first, vocab, target.data_ptr() + 8 * first)
+        call = some(first, *given, None if prior is None else prior.data_ptr())
+        places = (losses.data_ptr() + 4 * first, gradient.data_ptr() + start)
+        calls.append(partial(call, *places, logits.dtype == torch.bfloat16))
     together(calls)
     return losses.sum(), gradient
-
-
-def _row(scale: Tensor | None, first: int) -> int | None:
-    return None if scale is None else scale.data_ptr() + 4 * first

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
+from encdec_cli.kernels.losses import agreement
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
@@ -90,6 +91,10 @@ class Agreement:
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
+        base = self.base
+        if isinstance(base, loss.CrossEntropy) and base.by_kernel(logits) and base.scale is None:
+            target = base.target[rows][:: self.group]
+            return agreement(logits, target, base.smoothing, base.prior, self.weight / 4, weight)
         logits = logits.float()  # and so is the gradient, to which more is added
         total, gradient = self.base(logits, rows, weight / 2)
         shape, share = (-1, 2, logits.shape[1]), weight * self.weight / 4
