@@ -86,7 +86,7 @@ def test_cross_entropy_is_its_formula(rows, vocab, dtype, prior, scale, seed):
 @torch.no_grad()
 def test_the_loss_of_two_passes_is_its_formula(pairs, vocab, dtype, prior, seed):
     base = criterion(2 * pairs, vocab, seed, prior)
-    loss = Agreement(CrossEntropy(base.target[:pairs].repeat_interleave(2), base.smoothing, base.prior), 3.0)
+    loss = Agreement(base, 3.0)
     near = torch.randn(pairs, 1, vocab, generator=generator(seed)) * 4
     logits = (near + torch.randn(pairs, 2, vocab, generator=generator(seed + 1))).flatten(0, 1).to(dtype)
     found, gradient = loss(logits, slice(0, 2 * pairs), 0.25)
@@ -94,7 +94,7 @@ def test_the_loss_of_two_passes_is_its_formula(pairs, vocab, dtype, prior, seed)
     with torch.enable_grad():
         exact = logits.double().requires_grad_()
         spread = torch.full((vocab,), 1 / vocab) if base.prior is None else base.prior
-        wanted = torch.lerp(torch.eye(vocab)[loss.base.target].double(), spread.double(), base.smoothing)
+        wanted = torch.lerp(torch.eye(vocab)[base.target].double(), spread.double(), base.smoothing)
         chances = exact.log_softmax(1)
         p, q = chances.view(pairs, 2, vocab).unbind(1)
         total = -(wanted * chances).sum() / 2 + 3 / 4 * ((p.exp() - q.exp()) * (p - q)).sum()
@@ -109,7 +109,7 @@ def test_the_loss_of_two_passes_is_its_formula(pairs, vocab, dtype, prior, seed)
 def test_cross_entropy_is_that_of_torch_whatever_the_threads(without, threads, dtype):
     logits, rows = (torch.randn(24, 100) * 3).to(dtype), slice(2, 26)
     losses = [criterion(26, 100, seed, seed > 1, seed > 0) for seed in range(3)]
-    losses.append(Agreement(CrossEntropy(torch.arange(13).repeat_interleave(2), 0.1), 5.0))
+    losses.append(Agreement(CrossEntropy(torch.arange(26), 0.1), 5.0))
     ours = [one(logits, rows, 0.5) for one in losses]
     threads(3)
     shared = [one(logits, rows, 0.5) for one in losses]
@@ -132,7 +132,7 @@ def test_the_loss_of_what_is_no_number_is_none(without, bad, dtype):
     logits = torch.randn(4, 70).to(dtype)
     logits[1, 66] = bad
     losses = [CrossEntropy(torch.tensor([1, 66, 3, 3]), 0.1), CrossEntropy(torch.tensor([1, 2, 3, 3]))]
-    losses += [Agreement(CrossEntropy(torch.tensor([2, 2, 3, 3])), 1.0)]
+    losses += [Agreement(CrossEntropy(torch.tensor([1, 2, 3, 3])), 1.0)]
     ours = [one(logits, slice(0, 4), 1.0) for one in losses]
     without()
     for (found, gradient), one in zip(ours, losses, strict=True):

@@ -108,13 +108,20 @@ void cross_entropy(const void *logits, int64_t rows, int64_t vocab, const int64_
                               scale ? scale[row] : 1, (void *)at(gradient, row * vocab, bf16));
 }
 
-/* Two rows of one target, with distributions p and q: half of their cross-entropy, and `pull` times KL(p, q) + KL(q, p).
+/* Of a token alone: `half` of its chance, and `share` of what pulls it to that of the other row. */
+static float pulled(float x, const struct known *k, float y, const struct known *l, float ratio, float half,
+                    float share) {
+    float p = expf(x - k->best) / k->norm, q = expf(y - l->best) / l->norm;
+    return p * half + share * (p * ratio - q);
+}
+
+/* Two rows with distributions p and q: half of their cross-entropy, and `pull` times KL(p, q) + KL(q, p).
  * Of KL(p, q) by the logits of p: p (ln p/q - KL); of KL(q, p): p - q. */
-INLINE float agreement_rows(const void *first, int64_t target, const struct wanted *w, float pull, float weight,
+INLINE float agreement_rows(const void *first, const int64_t *target, const struct wanted *w, float pull, float weight,
                             void *gradient, int bf16) {
     const void *second = at(first, w->vocab, bf16);
     void *other = (void *)at(gradient, w->vocab, bf16);
-    struct known k = look(first, target, w, bf16), l = look(second, target, w, bf16);
+    struct known k = look(first, target[0], w, bf16), l = look(second, target[1], w, bf16);
     pair sums[2] = {{{0}}};
     for (int64_t i = 0; i < w->vocab; i += 32) {
         pair x = read_some(first, i, w->vocab, -1e30f, bf16), y = read_some(second, i, w->vocab, -1e30f, bf16);
@@ -139,19 +146,20 @@ INLINE float agreement_rows(const void *first, int64_t target, const struct want
         write_some(gradient, i, w->vocab, (pair){a[0], a[1]}, bf16);
         write_some(other, i, w->vocab, (pair){b[0], b[1]}, bf16);
     }
-    float p = expf(k.right - k.best) * by, q = expf(l.right - l.best) * its, ratio = k.right - l.right - less;
-    float even = one_share(w, target, half) + (1 - w->share) * half;
-    write_one(gradient, target, p * half - even + share * (p * (ratio + (1 - forth)) - q), bf16);
-    write_one(other, target, q * half - even + share * (q * ((1 - back) - ratio) - p), bf16);
+    float its_other = read_one(second, target[0], bf16), others = read_one(first, target[1], bf16);
+    float right = pulled(k.right, &k, its_other, &l, k.right - its_other - less + (1 - forth), half, share);
+    write_one(gradient, target[0], right - one_share(w, target[0], half) - (1 - w->share) * half, bf16);
+    right = pulled(l.right, &l, others, &k, l.right - others + less + (1 - back), half, share);
+    write_one(other, target[1], right - one_share(w, target[1], half) - (1 - w->share) * half, bf16);
     return (cost(&k, w) + cost(&l, w)) / 2 + pull * (forth + back);
 }
 
-/* To losses [pairs] half of the cross-entropy of each two rows of logits [pairs, 2, vocab], of which both have one of the
- * targets [pairs], plus `pull` times the divergence of their distributions, both ways; to gradient as cross_entropy. */
+/* To losses [pairs] half of the cross-entropy of each two rows of logits [pairs, 2, vocab] with target [pairs, 2], plus
+ * `pull` times the divergence of their distributions, both ways; to gradient as cross_entropy. */
 void agreement(const void *logits, int64_t pairs, int64_t vocab, const int64_t *target, const float *prior, float share,
                float pull, float weight, float *losses, void *gradient, int bf16) {
     struct wanted w = {vocab, prior, share};
     for (int64_t row = 0; row < pairs; row++)
-        losses[row] = BY_TYPE(agreement_rows, at(logits, 2 * row * vocab, bf16), target[row], &w, pull, weight,
+        losses[row] = BY_TYPE(agreement_rows, at(logits, 2 * row * vocab, bf16), target + 2 * row, &w, pull, weight,
                               (void *)at(gradient, 2 * row * vocab, bf16));
 }

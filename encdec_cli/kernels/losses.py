@@ -37,7 +37,7 @@ def agreement(
 ) -> tuple[Tensor, Tensor]:
     """Return half of the cross-entropy of each two rows, plus `pull` times both divergences of them, and its gradient.
 
-    logits: [2 n, vocab]; target: [n], of two rows each; else as of `cross_entropy`.
+    Arguments as of `cross_entropy`, but that the number of rows is even.
     """
 
     def some(_first: int, *given: int | None) -> partial[None]:
@@ -51,19 +51,21 @@ def _row_by_row(
 ) -> tuple[Tensor, Tensor]:
     """Return summed loss and gradient.
 
-    some: is given a number of a target, and where its logits are, for how many targets, how many tokens, and where they
-    and the prior are; returns the call that is then given where to write and the type. group: rows of one target.
+    some: is given the number of a row, where its logits are, how many groups of rows and how many tokens there are, and
+    where targets and the prior are; returns the call that is then given where to write, and the type. group: rows that
+    have a loss together.
     """
     vocab = logits.shape[1]
     if not 0 <= int(target.min()) <= int(target.max()) < vocab:
         raise IndexError(f"a target from {int(target.min())} to {int(target.max())} among {vocab} logits")
     target, prior = target.contiguous(), None if prior is None else prior.float().contiguous()
-    losses, gradient = torch.empty(len(target), dtype=torch.float32), torch.empty_like(logits)
+    losses, gradient = torch.empty(len(target) // group, dtype=torch.float32), torch.empty_like(logits)
     calls = []
-    for first, last in shares(len(target), _COST * logits.numel()):
-        start = first * group * vocab * logits.element_size()
-        given = (logits.data_ptr() + start, last - first, vocab, target.data_ptr() + 8 * first)
-        call = some(first, *given, None if prior is None else prior.data_ptr())
+    for first, last in shares(len(losses), _COST * logits.numel()):
+        row = first * group
+        start = row * vocab * logits.element_size()
+        given = (logits.data_ptr() + start, last - first, vocab, target.data_ptr() + 8 * row)
+        call = some(row, *given, None if prior is None else prior.data_ptr())
         places = (losses.data_ptr() + 4 * first, gradient.data_ptr() + start)
         calls.append(partial(call, *places, logits.dtype == torch.bfloat16))
     together(calls)

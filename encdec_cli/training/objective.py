@@ -93,8 +93,7 @@ class Agreement:
         """Return loss and gradient; see `Criterion`."""
         base = self.base
         if isinstance(base, loss.CrossEntropy) and base.by_kernel(logits) and base.scale is None:
-            target = base.target[rows][:: self.group]
-            return agreement(logits, target, base.smoothing, base.prior, self.weight / 4, weight)
+            return agreement(logits, base.target[rows], base.smoothing, base.prior, self.weight / 4, weight)
         logits = logits.float()  # and so is the gradient, to which more is added
         total, gradient = self.base(logits, rows, weight / 2)
         shape, share = (-1, 2, logits.shape[1]), weight * self.weight / 4
