@@ -29,6 +29,8 @@ typedef struct {
     floats a, b;
 } pair;
 
+INLINE pair add(pair x, pair y) { return (pair){x.a + y.a, x.b + y.b}; }
+
 INLINE const void *at(const void *from, int64_t place, int bf16) {
     return (const char *)from + place * (bf16 ? 2 : 4);
 }
