@@ -14,7 +14,7 @@ from encdec_cli.kernels.linear import can_map, operators
 MUCH = 1 << 22
 """From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs about a ms."""
 ENOUGH = 1 << 20
-"""From this many on our own products are used in training."""
+"""From this many on our own products are used."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,15 +24,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # which does not use the wide registers of processors of another maker.
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler makes products of its own
         return F.linear(x, weight, bias)
-    much = x.numel() * len(weight)
-    if torch.is_grad_enabled():
-        ours = much >= ENOUGH and can_map(x, weight)
-        if ours or (much >= MUCH and x.dtype == torch.float32 and _ONEDNN is not None):
-            mapped: Tensor = _Linear.apply(x, weight, bias, ours)  # type: ignore[no-untyped-call]
-            return mapped
-    elif much >= MUCH and x.dtype in _TYPES and _ONEDNN is not None:
-        return _product(x, weight, bias)
-    return F.linear(x, weight, bias)
+    much, learning = x.numel() * len(weight), torch.is_grad_enabled()
+    ours = much >= ENOUGH and can_map(x, weight)
+    if not ours and (much < MUCH or _ONEDNN is None or x.dtype not in _TYPES[: 1 if learning else 2]):
+        return F.linear(x, weight, bias)
+    mapped: Tensor = _Linear.apply(x, weight, bias, ours) if learning else _map(x, weight, bias, ours)  # type: ignore[no-untyped-call]
+    return mapped
+
+
+def _map(x: Tensor, weight: Tensor, bias: Tensor | None, ours: bool) -> Tensor:
+    mapped: Tensor = operators().linear(x, weight, bias) if ours else _product(x, weight, bias)
+    return mapped
 
 
 class _Linear(torch.autograd.Function):
@@ -43,8 +45,7 @@ class _Linear(torch.autograd.Function):
         by_x, by_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
         ctx.ours = ours
-        mapped: Tensor = operators().linear(x, weight, bias) if ours else _product(x, weight, bias)
-        return mapped
+        return _map(x, weight, bias, ours)
 
     @staticmethod
     @once_differentiable
