@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from encdec_cli.models.parts import Part
+
 LANES = 2**15
 """Each element draws 15 random bits: keep probabilities are multiples of 1 / LANES."""
+
+_STREAM = 0x9E3779B97F4A7C1
+"""How far apart the seeds of two parts are on a GPU; those of micro-batches are neighbours."""
 
 _generator: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 
@@ -78,13 +83,39 @@ def keep_mask(shape: torch.Size, p: float, dtype: torch.dtype) -> Tensor:
     return lanes.to(dtype).mul_(-factor).view(shape)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element with probability `p` and scale the rest up; the draw follows `drawing`, else torch's seed."""
+def dropout(x: Tensor, p: float, part: Part | None = None, dim: int = -1) -> Tensor:
+    """Zero each element with probability `p` and scale the rest up; the draw follows `drawing`, else torch's seed.
+
+    part: which of equal parts along `dim` this is, if processes share the whole. On a CPU the draw is then that of one
+    process for its part of the whole; on a GPU it is one of its own.
+    """
     if p == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # which has random numbers of its own
-        return F.dropout(x, p)
-    return x * keep_mask(x.shape, p, x.dtype)
+        with apart(part, x.device):
+            return F.dropout(x, p)
+    if part is None:
+        return x * keep_mask(x.shape, p, x.dtype)
+    size, shape = x.shape[dim], list(x.shape)
+    shape[dim] *= part.places
+    return x * keep_mask(torch.Size(shape), p, x.dtype).narrow(dim, part.place * size, size)
+
+
+@contextmanager
+def apart(part: Part | None, device: torch.device) -> Iterator[None]:
+    """Let a GPU draw other numbers for each part inside the block, and after it go on with the same for all."""
+    if part is None or device.type != "cuda":
+        yield
+        return
+    # Seed and offset, eight bytes each: every part draws as many numbers.
+    before = torch.cuda.get_rng_state(device)
+    own = before.clone()
+    own.view(torch.int64)[0] += part.place * _STREAM
+    torch.cuda.set_rng_state(own, device)
+    yield
+    after = torch.cuda.get_rng_state(device)
+    after.view(torch.int64)[0] = before.view(torch.int64)[0]
+    torch.cuda.set_rng_state(after, device)
 
 
 class Dropout(nn.Module):
@@ -93,7 +124,9 @@ class Dropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
+        self.part: Part | None = None
+        """Which of the columns these are, if processes share them."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x` with elements dropped if this module is in training mode."""
-        return dropout(x, self.p) if self.training else x
+        return dropout(x, self.p, self.part) if self.training else x

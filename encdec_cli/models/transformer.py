@@ -199,6 +199,7 @@ class Transformer(Model):
     side_by_side = True
     can_checkpoint = True
     can_compile = True
+    can_divide = True
 
     @dataclass
     class Config:
