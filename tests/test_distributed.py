@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -20,10 +19,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from encdec_cli.bundle.tensors import read_rows, to_bytes
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
@@ -252,22 +248,6 @@ def test_muon_needs_whole_matrices(forks, corpus, tmp_path):
     commands = launch(forks, 2, corpus, *TWO, SHARD, "train.optimizer=muon", "--output", tmp_path / "run")
     assert [command.wait() for command in commands] == [2, 2]
     assert "Muon needs whole matrices" in commands[0].stderr
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 20), st.integers(0, 20))
-def test_rows_are_found_in_however_many_files(sizes, one, other):
-    total = torch.arange(sum(sizes) * 2.0).view(-1, 2)
-    begin, end = sorted((min(one, len(total)), min(other, len(total))))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.safetensors" for number in range(len(sizes))]
-        for number, (path, part) in enumerate(zip(paths, total.split(sizes), strict=True)):
-            once = {"step": torch.tensor(7)} if number == 0 else {}
-            path.write_bytes(to_bytes({"w": part, "all": part.clone()} | once))
-        found = read_rows(paths, {"w": slice(begin, end)})
-    assert torch.equal(found["w"], total[begin:end])
-    assert torch.equal(found["all"], total)
-    assert found["step"] == 7
 
 
 def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -37,6 +38,11 @@ class Piece:
         """Return all of a tensor."""
         return cls(tuple(shape), tuple(((0, size),) for size in shape))
 
+    @property
+    def size(self) -> tuple[int, ...]:
+        """The shape of what the process has."""
+        return tuple(sum(end - begin for begin, end in spans) for spans in self.spans)
+
     def narrow(self, dim: int, begin: int, end: int) -> Piece:
         """Return what is left of the piece when it is cut to `begin … end - 1` of its own rows, or columns."""
         kept, start = [], 0
@@ -47,35 +53,27 @@ class Piece:
             start += last - first
         return Piece(self.shape, (*self.spans[:dim], tuple(kept), *self.spans[dim + 1 :]))
 
+    def overlaps(self, other: Piece) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+        """Yield where the numbers stand that both pieces have: in the other one, and in this."""
+        pairs = zip(other.spans, self.spans, strict=True)
+        for found in product(*(list(_common(theirs, own)) for theirs, own in pairs)):
+            yield tuple(there for there, _ in found), tuple(here for _, here in found)
 
-@dataclass(frozen=True)
-class Cut:
-    """How a tensor is shared out: each of some equal blocks of a dimension into equal parts, one for each process."""
 
-    dim: int
-    blocks: int = 1
-    """Such as 3 where queries, keys and values of all heads stand one after the other."""
-
-    def part(self, whole: Tensor, place: int, places: int) -> Tensor:
-        """Return the part of a process, a copy."""
-        blocks = torch.unflatten(whole, self.dim, (self.blocks, places, -1)).select(self.dim + 1, place)
-        return blocks.flatten(self.dim, self.dim + 1).clone(memory_format=torch.contiguous_format)
-
-    def joined(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the whole of the parts of all processes."""
-        blocks = [torch.unflatten(part, self.dim, (self.blocks, -1)) for part in parts]
-        return torch.stack(blocks, self.dim + 1).flatten(self.dim, self.dim + 2)
-
-    def piece(self, part: Sequence[int], place: int, places: int) -> Piece:
-        """Return which numbers of the whole a process has, whose part is of this shape."""
-        width, shape = part[self.dim] // self.blocks, list(part)
-        shape[self.dim] *= places
-        starts = [(block * places + place) * width for block in range(self.blocks)]
-        spans = [((0, size),) for size in shape]
-        return Piece(
-            tuple(shape),
-            (*spans[: self.dim], tuple((start, start + width) for start in starts), *spans[self.dim + 1 :]),
-        )
+def _common(one: Sequence[Span], other: Sequence[Span]) -> Iterator[tuple[slice, slice]]:
+    """Yield where what both have stands, counted in the spans of each."""
+    before = 0
+    for begin, end in one:
+        already = 0
+        for first, last in other:
+            low, high = max(begin, first), min(end, last)
+            if low < high:
+                yield (
+                    slice(before + low - begin, before + high - begin),
+                    slice(already + low - first, already + high - first),
+                )
+            already += last - first
+        before += end - begin
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,36 @@ class Part:
                 f"divides {size}."
             )
         return size // self.places
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a tensor is shared out: each of some equal blocks of a dimension into equal parts, one for each process."""
+
+    dim: int
+    blocks: int = 1
+    """Such as 3 where queries, keys and values of all heads stand one after the other."""
+
+    def of(self, whole: Tensor, part: Part) -> Tensor:
+        """Return the part of a process, a copy."""
+        blocks = torch.unflatten(whole, self.dim, (self.blocks, part.places, -1)).select(self.dim + 1, part.place)
+        return blocks.flatten(self.dim, self.dim + 1).clone(memory_format=torch.contiguous_format)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the whole of the parts of all processes."""
+        blocks = [torch.unflatten(part, self.dim, (self.blocks, -1)) for part in parts]
+        return torch.stack(blocks, self.dim + 1).flatten(self.dim, self.dim + 2)
+
+    def piece(self, size: Sequence[int], part: Part) -> Piece:
+        """Return which numbers of the whole a process has, whose part is of this size."""
+        width, shape = size[self.dim] // self.blocks, list(size)
+        shape[self.dim] *= part.places
+        starts = [(block * part.places + part.place) * width for block in range(self.blocks)]
+        spans = [((0, size),) for size in shape]
+        return Piece(
+            tuple(shape),
+            (*spans[: self.dim], tuple((start, start + width) for start in starts), *spans[self.dim + 1 :]),
+        )
 
 
 @runtime_checkable
@@ -177,7 +205,7 @@ class _Reduce(torch.autograd.Function):
 
 
 def _cut(whole: Tensor, cut: Cut, part: Part) -> nn.Parameter:
-    own = cut.part(whole.detach(), part.place, part.places)
+    own = cut.of(whole.detach(), part)
     return nn.Parameter(own, requires_grad=whole.requires_grad)
 
 
@@ -193,8 +221,11 @@ def divide(model: Model, part: Part) -> None:
             module.divide(part)
 
 
-def parts_of(model: nn.Module) -> Iterator[tuple[str, Part, Cut]]:
-    """Yield the names of the parameters of which this process has a part, and which; none if nothing is divided."""
-    for name, module in model.named_modules():
-        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-            yield from ((f"{name}.{own}", module.part, cut) for own, cut in module.cuts.items())
+def parts_of(model: nn.Module) -> dict[str, tuple[Cut, Part]]:
+    """Return by name the parameters of which this process has a part; none if nothing is divided."""
+    return {
+        f"{name}.{own}": (cut, module.part)
+        for name, module in model.named_modules()
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
+        for own, cut in module.cuts.items()
+    }

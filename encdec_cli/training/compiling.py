@@ -22,7 +22,7 @@ def compiles(recipe: Recipe, model: Model, device: str) -> bool:
     does not pay: 3 + 3 layers of width 256 trained at 0.63 (bf16) and 0.84 (fp32) of the speed without it, since our
     dropout and our products are faster than those that the compiler makes.
     """
-    wanted, sharded = recipe.train.compile, recipe.parallel.shard
+    wanted, sharded = recipe.train.compile, recipe.parallel.shard or recipe.parallel.tensor > 1
     if wanted == "auto":
         pays = torch.device(device).type == "cuda" and recipe.train.steps >= MANY
         return pays and model.can_compile and not sharded and _has_compiler()
@@ -30,8 +30,8 @@ def compiles(recipe: Recipe, model: Model, device: str) -> bool:
         raise UsageError(f"train.compile: this model ({type(model).__name__}) cannot be compiled; set it to false.")
     if wanted and sharded:
         raise UsageError(
-            "train.compile: sharded weights are gathered layer by layer, outside the compiler; set it to "
-            "false, or parallel.shard to false."
+            "train.compile: sharded weights are gathered layer by layer, and divided layers summed, outside the "
+            "compiler; set it to false, or parallel.shard to false and parallel.tensor to 1."
         )
     return bool(wanted)
 

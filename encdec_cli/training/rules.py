@@ -7,6 +7,7 @@ from torch import nn
 
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import parts_of
 from encdec_cli.recipe import Train
 from encdec_cli.training.adafactor import Adafactor
 from encdec_cli.training.adam import Adam
@@ -36,6 +37,7 @@ def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype)
             (rule, [(name, p) for name, p in named.items() if name not in inner]),
         ],
         train.ema,
+        {name: cut.piece(named[name].shape, part) for name, (cut, part) in parts_of(model).items()},
     )
 
 

@@ -8,8 +8,7 @@ its gradients go as sums to those who keep the rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import Piece
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.layout import save_in_parts
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -73,14 +73,10 @@ class Sharded:
             whole.load_state_dict(named)
         return lambda: named
 
-    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+    def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Let each process write its rows, and the first the rest; commit when all have written."""
-        what = f"the checkpoint after update {own.progress.step}"
-        with checkpoint.saving(folder, own) if self.ranks.first else nullcontext() as temporary:
-            place = Path(self.ranks.first_does(what, lambda: str(temporary)))
-            mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
-            checkpoint.write_part(place, mine, self.ranks.rank, self.ranks.world)
-            self.ranks.meet(what)
+        mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in pieces}
+        save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.world)
 
 
 class ShardedGradients:
@@ -115,7 +111,7 @@ class ShardedGradients:
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
-            yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
+            yield float(loss.detach()) / weight, tuple(g.to_local() if isinstance(g, DTensor) else g for g in gradients)
 
 
 class _Gathered(Sequence[nn.Parameter]):

@@ -1,0 +1,223 @@
+"""Processes that share every layer: together they compute, learn, save and go on as one does."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.tensors import read_pieces, to_bytes
+from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.models.dropout import drawing
+from encdec_cli.models.parts import Cut, Part, Piece, divide, parts_of
+from encdec_cli.models.transformer import Transformer
+from tests.conftest import log_lines
+from tests.forked import Forks
+from tests.test_beforehand import told
+from tests.test_distributed import assert_same, launch, trained, wait_for
+
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+SMALL = (
+    *("train.precision=fp32", "train.steps=6", "train.save_every=3", "train.validate_every=6", "train.log_every=1"),
+    *("train.accumulate=2", "model.heads=4", "model.attention_dropout=0.1", "model.activation_dropout=0.1"),
+)
+SHARED = "parallel.tensor=2"
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory: pytest.TempPathFactory):
+    """As everywhere, and ready to share layers: that is seconds of imports."""
+    commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.tensor_parallel")
+    yield commands
+    commands.close()
+
+
+class Meeting:
+    """Threads that stand for processes, and what they sum."""
+
+    def __init__(self, places: int) -> None:
+        self.barrier = threading.Barrier(places)
+        self.tensors = [torch.empty(0)] * places
+
+    def part(self, place: int) -> Part:
+        def add(tensor: Tensor) -> None:
+            self.tensors[place] = tensor.clone()
+            self.barrier.wait(20)
+            total = torch.stack(self.tensors).sum(0)
+            self.barrier.wait(20)
+            tensor.copy_(total)
+
+        return Part(place, len(self.tensors), add)
+
+
+def learned(model: Transformer) -> dict[str, Tensor]:
+    """The states of two sentences, and the gradient of a loss by every parameter."""
+    source, target = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 0]]), torch.tensor([[2, 5, 6], [2, 9, 4]])
+    with drawing(3):
+        hidden = model(source, source > 0, target)
+        model.project(hidden.flatten(0, 1)).log_softmax(-1)[:, 3].sum().backward()
+    return {"hidden": hidden.detach(), **{name: parameter.grad for name, parameter in model.named_parameters()}}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        {},
+        {"activation": "swiglu", "norm": "rms", "positions": "rotary", "bias": False, "norm_order": "post"},
+        {"activation": "gelu", "tie": "none", "positions": "learned"},
+    ],
+)
+@pytest.mark.parametrize("places", [2, 4])
+def test_the_parts_of_a_transformer_compute_what_the_whole_does_dropout_included(places, kind, checkpointing):
+    torch.manual_seed(1)
+    dropout = {"dropout": 0.2, "attention_dropout": 0.3, "activation_dropout": 0.2}
+    whole = Transformer(Transformer.Config(2, 2, 32, 4, 64, **dropout, **kind), 20, 20)
+    whole.checkpointing = checkpointing
+    expected, meeting = learned(copy.deepcopy(whole)), Meeting(places)
+    found: list[dict[str, Tensor]] = [{} for _ in range(places)]
+    models = [copy.deepcopy(whole) for _ in range(places)]
+
+    def work(place: int) -> None:
+        divide(models[place], meeting.part(place))
+        found[place] = learned(models[place])
+
+    threads = [threading.Thread(target=work, args=(place,)) for place in range(places)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    parts = parts_of(models[0])
+    assert len(parts) == (22 if kind.get("bias") is False else 34)  # 22 maps; of 12 of them the bias too
+    for name, value in expected.items():
+        own = [one[name] for one in found]
+        if name in parts:
+            own = [parts[name][0].joined(own)]
+        assert all(torch.equal(one, own[0]) for one in own)
+        torch.testing.assert_close(own[0], value, **ROUNDING)
+
+
+LAYOUTS = st.tuples(st.sampled_from([None, Cut(0), Cut(0, 3), Cut(1)]), st.integers(1, 3), st.integers(1, 3))
+"""How a matrix is cut, in how many parts, and in how many shares of rows each of them."""
+
+
+def pieces(layout) -> list[Piece]:
+    """What each process has of a matrix of 18 rows and 6 columns."""
+    cut, places, shares = layout
+    found = []
+    for place in range(places if cut else 1):
+        part = Part(place, places, id)
+        piece = cut.piece(cut.of(torch.empty(18, 6), part).shape, part) if cut else Piece.whole((18, 6))
+        most = -(-piece.size[0] // shares)
+        found += [piece.narrow(0, most * share, most * (share + 1)) for share in range(shares)]
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(LAYOUTS, LAYOUTS)
+def test_pieces_are_found_in_however_many_files_by_however_many_readers(writers, readers):
+    whole, scalar = torch.arange(108.0).view(18, 6), torch.tensor(7)
+    rows, columns = (torch.arange(size) for size in whole.shape)
+
+    def taken(piece: Piece) -> Tensor:
+        by_row, by_column = (
+            torch.cat([index[begin:end] for begin, end in spans] or [index[:0]])
+            for index, spans in zip((rows, columns), piece.spans, strict=True)
+        )
+        return whole[by_row][:, by_column]
+
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for number, piece in enumerate(pieces(writers)):
+            paths.append(Path(folder) / f"{number}.safetensors")
+            once = {"step": scalar, "same": whole} if number == 0 else {}
+            paths[-1].write_bytes(to_bytes({"w": taken(piece), **once}, {"w": piece}))
+        for piece in pieces(readers):
+            found = read_pieces(paths, {"w": piece})
+            assert torch.equal(found["w"], taken(piece))
+            assert torch.equal(found["same"], whole)
+            assert found["step"] == 7
+        assert torch.equal(read_pieces(paths)["w"], whole)
+        if len(paths) > 1 and paths[-1].stat().st_size > paths[0].stat().st_size // 2 and len(pieces(writers)) > 1:
+            last = pieces(writers)[-1]
+            if 0 not in last.size:
+                with pytest.raises(BundleError, match="'w' do not make a whole"):
+                    read_pieces(paths[:-1])
+
+
+def state(run: Path) -> dict[str, Tensor]:
+    """The newest checkpoint, put together."""
+    return checkpoint.read(run / "checkpoints", max(checkpoint.steps(run / "checkpoints"))).tensors
+
+
+@pytest.fixture(scope="module")
+def one(forks, corpus, tmp_path_factory):
+    """The run of one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    trained(forks, 1, corpus, *SMALL, "train.ema=0.9", "--output", run)
+    return run
+
+
+def assert_close(run: Path, other: Path) -> None:
+    """Assert that two runs have come to the same state, but for rounding."""
+    ours, theirs = state(run), state(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        # Attention does not change with a bias of the keys: its gradient is rounding alone, which Adam makes large.
+        if not name.endswith("joined.bias"):
+            torch.testing.assert_close(ours[name], value, **ROUNDING)
+
+
+def assert_alike(run: Path, other: Path) -> None:
+    """Assert that two runs have come to the same state, but for rounding, and think the same of their models."""
+    assert_close(run, other)
+    ours = state(run)
+    for line, expected in zip(log_lines(run), log_lines(other), strict=True):
+        assert (line["event"], line.get("order")) == (expected["event"], expected.get("order"))
+        for key in ("loss", "norm", "exact", "tokens", "flops"):
+            assert line.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-5)
+    bundle = safetensors.torch.load_file(run / "bundle" / "model.safetensors")
+    assert all(torch.equal(value, ours[f"ema.{name}"]) for name, value in bundle.items())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_that_share_layers_learn_what_one_learns(forks, one, corpus, tmp_path, world):
+    run = tmp_path / "run"
+    checkpointing = f"train.checkpointing={'true' if world == 2 else 'false'}"
+    told = trained(forks, world, corpus, *SMALL, "train.ema=0.9", SHARED, checkpointing, "--output", run)
+    assert [command.stderr for command in told[1:]] == [""] * (world - 1)
+    assert_alike(run, one)
+    files = sorted(max((run / "checkpoints").iterdir()).glob("state*"))
+    assert len(files) == 2  # whatever the number of groups
+    first, second = map(safetensors.torch.load_file, files)
+    whole = state(run)
+    for name in whole:  # nobody wrote what another has
+        cut = any(word in name for word in ("joined", "query", "inner", "output.weight", "outer.weight"))
+        assert (name in second) == cut
+        assert first[name].numel() == whole[name].numel() / (2 if cut else 1)
+
+
+def test_a_checkpoint_is_read_by_any_number_of_them_and_goes_on_to_the_bit(forks, one, corpus, tmp_path):
+    options = (corpus, *SMALL, "train.ema=0.9", "--output")
+    broken, other = tmp_path / "broken", tmp_path / "other"
+    trained(forks, 2, *options, tmp_path / "unbroken", SHARED)
+    trained(forks, 2, *options, broken, SHARED, "train.steps=2")
+    shutil.copytree(broken, other, symlinks=True)
+    trained(forks, 2, *options, broken, SHARED)
+    for name, value in state(tmp_path / "unbroken").items():
+        assert torch.equal(state(broken)[name], value)
+    said = trained(forks, 1, *options, other, "train.steps=4")
+    assert "parallel.tensor was 2, is now 1; the weights will not be bit-identical" in said[0].stderr
+    trained(forks, 4, *options, other, "parallel.tensor=4")
+    assert_close(other, one)
