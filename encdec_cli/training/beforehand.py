@@ -120,7 +120,6 @@ def _check_tensor(recipe: Recipe, world: int) -> None:
         "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,
-        "parallel.shard": recipe.parallel.shard,
     }
     if asked := [key for key, value in parts.items() if value]:
         raise UsageError(f"parallel.tensor: {', '.join(asked)} cannot do with parts of weights; leave out one of them.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encdec_cli.bundle import checkpoint
@@ -16,7 +17,7 @@ from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
 from encdec_cli.errors import ResourceError
 from encdec_cli.models.model import Model
-from encdec_cli.models.parts import Piece
+from encdec_cli.models.parts import Cut, Part, Piece
 from encdec_cli.recipe import Recipe
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient, Gradients
@@ -134,6 +135,20 @@ def _mark(tensors: Iterable[Tensor]) -> int:
     """Return a number below 2^40 that equal bits give on every machine, whatever the order in which it adds."""
     words = [t.contiguous().view(torch.int32) for t in tensors if t.dtype == torch.float32]
     return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
+
+
+def part_of(ranks: Ranks) -> Part:
+    """Return the part of every layer that is this process's."""
+    return Part(ranks.place, ranks.tensor, lambda tensor: dist.all_reduce(tensor, group=ranks.mates))
+
+
+def brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
+    """Return the whole of what the mates of the first process have of a weight, to that; to others what they have."""
+    if ranks.rank >= ranks.tensor:
+        return own
+    parts = [torch.empty_like(own) for _ in range(ranks.tensor)] if ranks.first else None
+    dist.gather(own.contiguous(), parts, group=ranks.mates)
+    return own if parts is None else cut.joined(parts)
 
 
 def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:

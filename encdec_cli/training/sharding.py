@@ -8,14 +8,14 @@ its gradients go as sums to those who keep the rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,10 +23,10 @@ from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
-from encdec_cli.models.parts import Piece
+from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
-from encdec_cli.training.layout import save_in_parts
+from encdec_cli.training.layout import brought_together, part_of, save_in_parts
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -39,13 +39,22 @@ class Sharded:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self._parts: Collection[str] = ()
+        if ranks.tensor > 1:
+            ranks.divide()
 
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
         copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
         # It warns of views that are changed in place; no layer here changes what another returned.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        mesh = init_device_mesh(next(model.parameters()).device.type, (self.ranks.world,))
+        device = next(model.parameters()).device.type
+        if self.ranks.peers is None:
+            mesh = init_device_mesh(device, (self.ranks.world,))
+        else:  # rows of a part of each layer, shared with those who have the same part
+            divide(model, part_of(self.ranks))
+            self._parts = parts_of(model).keys()
+            mesh = DeviceMesh.from_group(self.ranks.peers, device)
         policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
         for unit in (*model.units(), model):
             fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -63,10 +72,11 @@ class Sharded:
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights in the memory of the first process, tensor by tensor; see `Layout`."""
-        named = {}
+        named, parts = {}, parts_of(model)
         with self.ranks.computing("gathering the weights"):
             for name, value in model.state_dict().items():
                 full = value.full_tensor() if isinstance(value, DTensor) else value
+                full = brought_together(full, parts[name][0], self.ranks) if name in parts else full
                 if self.ranks.first:
                     named[name] = full.cpu()
         if self.ranks.first:
@@ -75,7 +85,9 @@ class Sharded:
 
     def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Let each process write its rows, and the first the rest; commit when all have written."""
-        mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in pieces}
+        # Of what is no part of a layer all mates have the same rows.
+        shared = [name for name in pieces if self.ranks.place == 0 or name.partition(".")[2] in self._parts]
+        mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
         save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.world)
 
 

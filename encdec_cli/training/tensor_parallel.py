@@ -6,15 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.models.model import Model
-from encdec_cli.models.parts import Cut, Part, Piece, divide, parts_of
+from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.layout import check_same, save_in_parts
+from encdec_cli.training.layout import brought_together, check_same, part_of, save_in_parts
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -64,17 +62,3 @@ class Divided:
         check_same(self.ranks, what, (tensor for name, tensor in own.tensors.items() if name not in pieces))
         mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in pieces}
         save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.tensor)
-
-
-def part_of(ranks: Ranks) -> Part:
-    """Return the part of every layer that is this process's."""
-    return Part(ranks.place, ranks.tensor, lambda tensor: dist.all_reduce(tensor, group=ranks.mates))
-
-
-def brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
-    """Return the whole of what the mates of the first process have of a weight, to that; to others what they have."""
-    if ranks.rank >= ranks.tensor:
-        return own
-    parts = [torch.empty_like(own) for _ in range(ranks.tensor)] if ranks.first else None
-    dist.gather(own.contiguous(), parts, group=ranks.mates)
-    return own if parts is None else cut.joined(parts)
