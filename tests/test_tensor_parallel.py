@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
-import signal
 import tempfile
 import threading
 from pathlib import Path
@@ -25,14 +23,21 @@ from encdec_cli.models.transformer import Transformer
 from tests.conftest import log_lines
 from tests.forked import Forks
 from tests.test_beforehand import told
-from tests.test_distributed import assert_same, launch, trained, wait_for
+from tests.test_distributed import NO_FAULT, faulty, lose, trained
 
 ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 SMALL = (
     *("train.precision=fp32", "train.steps=6", "train.save_every=3", "train.validate_every=6", "train.log_every=1"),
-    *("train.accumulate=2", "model.heads=4", "model.attention_dropout=0.1", "model.activation_dropout=0.1"),
+    *(
+        "train.accumulate=2",
+        "train.ema=0.9",
+        "model.heads=4",
+        "model.attention_dropout=0.1",
+        "model.activation_dropout=0.1",
+    ),
 )
 SHARED = "parallel.tensor=2"
+ROWS = ("parallel.shard=true", "train.ema=0")
 
 
 @pytest.fixture(scope="module")
@@ -165,59 +170,113 @@ def state(run: Path) -> dict[str, Tensor]:
 def one(forks, corpus, tmp_path_factory):
     """The run of one process."""
     run = tmp_path_factory.mktemp("one") / "run"
-    trained(forks, 1, corpus, *SMALL, "train.ema=0.9", "--output", run)
+    trained(forks, 1, corpus, *SMALL, "--output", run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def two(forks, corpus, tmp_path_factory):
+    """The run of two that share every layer."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    told = trained(forks, 2, corpus, *SMALL, SHARED, "--output", run)
+    assert told[1].stderr == ""
     return run
 
 
 def assert_close(run: Path, other: Path) -> None:
     """Assert that two runs have come to the same state, but for rounding."""
     ours, theirs = state(run), state(other)
-    assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
+    assert {name for name in theirs.keys() ^ ours.keys() if not name.startswith("ema.")} == set()
+    for name, value in ours.items():
         # Attention does not change with a bias of the keys: its gradient is rounding alone, which Adam makes large.
         if not name.endswith("joined.bias"):
-            torch.testing.assert_close(ours[name], value, **ROUNDING)
+            torch.testing.assert_close(value, theirs[name], **ROUNDING)
+    bundle = safetensors.torch.load_file(run / "bundle" / "model.safetensors")
+    assert all(torch.equal(w, ours.get(f"ema.{name}", ours[f"master.{name}"])) for name, w in bundle.items())
 
 
 def assert_alike(run: Path, other: Path) -> None:
     """Assert that two runs have come to the same state, but for rounding, and think the same of their models."""
     assert_close(run, other)
-    ours = state(run)
     for line, expected in zip(log_lines(run), log_lines(other), strict=True):
         assert (line["event"], line.get("order")) == (expected["event"], expected.get("order"))
         for key in ("loss", "norm", "exact", "tokens", "flops"):
             assert line.get(key, 0) == pytest.approx(expected.get(key, 0), rel=1e-5)
-    bundle = safetensors.torch.load_file(run / "bundle" / "model.safetensors")
-    assert all(torch.equal(value, ours[f"ema.{name}"]) for name, value in bundle.items())
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_processes_that_share_layers_learn_what_one_learns(forks, one, corpus, tmp_path, world):
-    run = tmp_path / "run"
-    checkpointing = f"train.checkpointing={'true' if world == 2 else 'false'}"
-    told = trained(forks, world, corpus, *SMALL, "train.ema=0.9", SHARED, checkpointing, "--output", run)
-    assert [command.stderr for command in told[1:]] == [""] * (world - 1)
-    assert_alike(run, one)
-    files = sorted(max((run / "checkpoints").iterdir()).glob("state*"))
-    assert len(files) == 2  # whatever the number of groups
-    first, second = map(safetensors.torch.load_file, files)
-    whole = state(run)
-    for name in whole:  # nobody wrote what another has
+def test_processes_that_share_layers_learn_what_one_learns(one, two):
+    assert_alike(two, one)
+    first, second = map(safetensors.torch.load_file, sorted(max((two / "checkpoints").iterdir()).glob("state*")))
+    for name, whole in state(two).items():  # nobody wrote what another has
         cut = any(word in name for word in ("joined", "query", "inner", "output.weight", "outer.weight"))
         assert (name in second) == cut
-        assert first[name].numel() == whole[name].numel() / (2 if cut else 1)
+        assert first[name].numel() == whole.numel() / (2 if cut else 1)
 
 
-def test_a_checkpoint_is_read_by_any_number_of_them_and_goes_on_to_the_bit(forks, one, corpus, tmp_path):
-    options = (corpus, *SMALL, "train.ema=0.9", "--output")
-    broken, other = tmp_path / "broken", tmp_path / "other"
-    trained(forks, 2, *options, tmp_path / "unbroken", SHARED)
-    trained(forks, 2, *options, broken, SHARED, "train.steps=2")
-    shutil.copytree(broken, other, symlinks=True)
-    trained(forks, 2, *options, broken, SHARED)
-    for name, value in state(tmp_path / "unbroken").items():
-        assert torch.equal(state(broken)[name], value)
-    said = trained(forks, 1, *options, other, "train.steps=4")
+@pytest.mark.parametrize(("options", "files"), [(["train.checkpointing=true"], 2), (ROWS, 4)])
+def test_groups_of_them_share_an_update_and_the_rows_of_their_parts(forks, one, corpus, tmp_path, options, files):
+    run = tmp_path / "run"
+    trained(forks, 4, corpus, *SMALL, SHARED, *options, "--output", run)
+    assert_close(run, one)
+    found = list(max((run / "checkpoints").iterdir()).glob("state*"))
+    assert len(found) == files
+    sizes = [sum(map(Tensor.numel, safetensors.torch.load_file(path).values())) for path in found]
+    assert sum(sizes) == sum(map(Tensor.numel, state(run).values()))  # each number once
+
+
+def test_a_checkpoint_is_read_by_any_number_of_them(forks, one, corpus, tmp_path):
+    options = (corpus, *SMALL, "train.ema=0", "--output", tmp_path / "run")
+    trained(forks, 2, *options, SHARED, "train.steps=2")
+    trained(forks, 4, *options, SHARED, *ROWS, "train.steps=3")
+    said = trained(forks, 1, *options, "train.steps=4")
     assert "parallel.tensor was 2, is now 1; the weights will not be bit-identical" in said[0].stderr
-    trained(forks, 4, *options, other, "parallel.tensor=4")
-    assert_close(other, one)
+    trained(forks, 4, *options, "parallel.tensor=4")
+    assert_close(tmp_path / "run", one)
+
+
+def test_one_of_them_killed_is_named_and_the_run_goes_on_to_the_bit(forks, two, corpus, tmp_path):
+    options = (faulty(corpus, tmp_path), *SMALL, SHARED, "parallel.timeout=2", "--output", tmp_path / "run")
+    lose(forks, options, "1:update:9:kill")  # in the fifth update: each computes both micro-batches
+    trained(forks, 2, *options, FAULT=NO_FAULT)
+    ours, theirs = state(tmp_path / "run"), state(two)
+    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+WHOLE = """
+from encdec_cli.models.transformer import Transformer
+from encdec_cli.registry import models
+
+
+@models.register("whole")
+class Whole(Transformer):
+    can_divide = False
+"""
+
+
+@pytest.mark.parametrize(
+    ("keys", "world", "message"),
+    [
+        (["parallel.tensor=2"], 1, r"parallel.tensor: 1 process\(es\) cannot form groups of 2; start a multiple of 2"),
+        (["parallel.tensor=2"], 3, r"parallel.tensor: 3 process\(es\) cannot form groups of 2"),
+        (["parallel.tensor=4"], 4, "parallel.tensor: 4 processes cannot share 2 heads equally"),
+        (["parallel.tensor=2", "model.feed_forward=63"], 2, "cannot share 63 columns of feed_forward equally"),
+        (["parallel.tensor=2"], 4, "train.accumulate: 2 groups of 2 processes cannot share an update in 1 part"),
+        (["parallel.tensor=2", "train.accumulate=3"], 4, "it must be a multiple of 2"),
+        (["parallel.tensor=2", "train.optimizer=muon"], 2, "parallel.tensor: train.optimizer=muon cannot"),
+        (
+            ["parallel.tensor=2", "guide.weight=0.1", "lora.rank=2"],
+            2,
+            "parallel.tensor: lora.rank, guide.weight cannot",
+        ),
+        (["parallel.tensor=2", "train.compile=true"], 2, "train.compile: .* parallel.tensor to 1"),
+        (
+            ["parallel.tensor=2", "plugins=[whole.py]", "model={name: whole}"],
+            2,
+            r"this model \(Whole\) does not say how its layers are shared",
+        ),
+    ],
+)
+def test_what_cannot_be_shared_is_told_before_any_data_is_read(tmp_path, keys, world, message):
+    (tmp_path / "whole.py").write_text(WHOLE)
+    with pytest.raises(UsageError, match=message):
+        told(tmp_path, *keys, world=world, starts=True)
