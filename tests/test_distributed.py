@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ import safetensors.torch
 import torch
 
 from encdec_cli.data.sampler import Sampler
+from encdec_cli.models.parts import Part, divide
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
 from tests.conftest import copy_task, environment
@@ -259,6 +262,9 @@ def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_do
     plan = cluster.Plan("small", 3, 64, 96, 50, 1000, True)
     model = Transformer(Transformer.Config(3, 3, 64, 4, 96), 50, 50)
     assert plan.weights() == sum(parameter.numel() for parameter in model.parameters())
+    part = deepcopy(model)
+    divide(part, Part(0, 2, id))
+    assert replace(plan, tensor=2).own() == sum(parameter.numel() for parameter in part.parameters())
     layer, reader = model.decoder[0], model.decoder[0].cross.joined
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (layer, reader)]
     assert plan.unit() == sizes[0] - sizes[1]

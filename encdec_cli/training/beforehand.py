@@ -80,15 +80,8 @@ def _check_model(recipe: Recipe) -> None:
 
 def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
     _check_tensor(recipe, ranks.world)
-    parts, world = recipe.train.accumulate, ranks.world
-    data, what = ranks.data, "processes" if ranks.tensor == 1 else f"groups of {ranks.tensor} processes"
-    if parts < data or (parts % data and (recipe.parallel.shard or ranks.tensor > 1)):
-        raise UsageError(
-            f"train.accumulate: {data} {what} cannot share an update in {parts} part(s); it must be a multiple "
-            f"of {data}, with a smaller train.tokens if the update is to stay as large as it was."
-        )
-    if parts % data:
-        say(f"note: {parts} micro-batches an update, {data} processes: some wait for the others")
+    _check_update(recipe, ranks, say)
+    world = ranks.world
     if world > 1 and recipe.train.tokens == "auto":
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
     whole = {
@@ -103,6 +96,18 @@ def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -
     asked = [key for key, value in whole.items() if value]
     if world > 1 and recipe.parallel.shard and asked:
         raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")
+
+
+def _check_update(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
+    parts = recipe.train.accumulate
+    data, what = ranks.data, "processes" if ranks.tensor == 1 else f"groups of {ranks.tensor} processes"
+    if parts < data or (parts % data and (recipe.parallel.shard or ranks.tensor > 1)):
+        raise UsageError(
+            f"train.accumulate: {data} {what} cannot share an update in {parts} part(s); it must be a multiple "
+            f"of {data}, with a smaller train.tokens if the update is to stay as large as it was."
+        )
+    if parts % data:
+        say(f"note: {parts} micro-batches an update, {data} processes: some wait for the others")
 
 
 def _check_tensor(recipe: Recipe, world: int) -> None:
@@ -120,6 +125,7 @@ def _check_tensor(recipe: Recipe, world: int) -> None:
         "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
         "risk.metric": recipe.risk.metric,
+        "teacher.model": recipe.teacher.model,
     }
     if asked := [key for key, value in parts.items() if value]:
         raise UsageError(f"parallel.tensor: {', '.join(asked)} cannot do with parts of weights; leave out one of them.")
