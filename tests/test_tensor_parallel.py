@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import tempfile
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,10 @@ from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.tensors import read_pieces, to_bytes
 from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.models.dropout import drawing
-from encdec_cli.models.parts import Cut, Part, Piece, divide, parts_of
+from encdec_cli.models.parts import Cut, Part, Piece, parts_of
 from encdec_cli.models.transformer import Transformer
+from encdec_cli.testing import LawError, check
+from encdec_cli.testing.parts import in_parts
 from tests.conftest import log_lines
 from tests.forked import Forks
 from tests.test_beforehand import told
@@ -48,24 +49,6 @@ def forks(tmp_path_factory: pytest.TempPathFactory):
     commands.close()
 
 
-class Meeting:
-    """Threads that stand for processes, and what they sum."""
-
-    def __init__(self, places: int) -> None:
-        self.barrier = threading.Barrier(places)
-        self.tensors = [torch.empty(0)] * places
-
-    def part(self, place: int) -> Part:
-        def add(tensor: Tensor) -> None:
-            self.tensors[place] = tensor.clone()
-            self.barrier.wait(20)
-            total = torch.stack(self.tensors).sum(0)
-            self.barrier.wait(20)
-            tensor.copy_(total)
-
-        return Part(place, len(self.tensors), add)
-
-
 def learned(model: Transformer) -> dict[str, Tensor]:
     """The states of two sentences, and the gradient of a loss by every parameter."""
     source, target = torch.tensor([[5, 6, 7, 8], [9, 4, 3, 0]]), torch.tensor([[2, 5, 6], [2, 9, 4]])
@@ -90,27 +73,25 @@ def test_the_parts_of_a_transformer_compute_what_the_whole_does_dropout_included
     dropout = {"dropout": 0.2, "attention_dropout": 0.3, "activation_dropout": 0.2}
     whole = Transformer(Transformer.Config(2, 2, 32, 4, 64, **dropout, **kind), 20, 20)
     whole.checkpointing = checkpointing
-    expected, meeting = learned(copy.deepcopy(whole)), Meeting(places)
-    found: list[dict[str, Tensor]] = [{} for _ in range(places)]
-    models = [copy.deepcopy(whole) for _ in range(places)]
-
-    def work(place: int) -> None:
-        divide(models[place], meeting.part(place))
-        found[place] = learned(models[place])
-
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(places)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    parts = parts_of(models[0])
+    expected = learned(copy.deepcopy(whole))
+    found = in_parts(whole, places, learned)
+    parts = parts_of(found[0][0])
     assert len(parts) == (22 if kind.get("bias") is False else 34)  # 22 maps; of 12 of them the bias too
     for name, value in expected.items():
-        own = [one[name] for one in found]
+        own = [one[name] for _, one in found]
         if name in parts:
             own = [parts[name][0].joined(own)]
         assert all(torch.equal(one, own[0]) for one in own)
         torch.testing.assert_close(own[0], value, **ROUNDING)
+
+
+def test_a_model_that_is_divided_wrongly_breaks_a_law():
+    class Wrong(Transformer):
+        def divide(self, part: Part) -> None:
+            self.decoder_norm.bias.data += part.place
+
+    with pytest.raises(LawError, match="the states must be those of one process where two share the layers"):
+        check(Wrong)
 
 
 LAYOUTS = st.tuples(st.sampled_from([None, Cut(0), Cut(0, 3), Cut(1)]), st.integers(1, 3), st.integers(1, 3))

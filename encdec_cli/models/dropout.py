@@ -110,7 +110,7 @@ def apart(part: Part | None, device: torch.device) -> Iterator[None]:
     # Seed and offset, eight bytes each: every part draws as many numbers.
     before = torch.cuda.get_rng_state(device)
     own = before.clone()
-    own.view(torch.int64)[0] += part.place * _STREAM
+    own.view(torch.int64)[0] += part.place * _STREAM % (1 << 62)
     torch.cuda.set_rng_state(own, device)
     yield
     after = torch.cuda.get_rng_state(device)
