@@ -247,12 +247,6 @@ def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corp
     assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_muon_needs_whole_matrices(forks, corpus, tmp_path):
-    commands = launch(forks, 2, corpus, *TWO, SHARD, "train.optimizer=muon", "--output", tmp_path / "run")
-    assert [command.wait() for command in commands] == [2, 2]
-    assert "Muon needs whole matrices" in commands[0].stderr
-
-
 def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():
     spec = importlib.util.spec_from_file_location("cluster", Path(__file__).parent.parent / "docs" / "cluster.py")
     cluster = importlib.util.module_from_spec(spec)

@@ -113,7 +113,7 @@ def test_the_head_learns_where_words_come_from(tmp_path):
     bundle.recipe.guide = Guide(weight=0.5, layer=0, head=1)
     batch, network = first(bundle, data), bundle.model
     batch.links = Links(bundle, data, "")(batch)
-    objective = make_objective(bundle, data.store("train"), "cpu")
+    objective = make_objective(bundle, data.store("train"), "cpu", torch.float32)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     for _ in range(60):
         optimizer.zero_grad()

@@ -116,7 +116,7 @@ def test_smoothing_toward_the_unigrams_of_the_training_targets(tmp_path):
         write_shards(folder, "train", [([4], [4, 4, 5]), ([5], [6]), ([6], [4])], sides, shard_size=2)
     bundle = small_bundle("", 1)
     bundle.recipe.regularize.smoothing_prior = "unigram"
-    objective = make_objective(bundle, Store.open(tmp_path / "data", "train"), "cpu")
+    objective = make_objective(bundle, Store.open(tmp_path / "data", "train"), "cpu", torch.float32)
     prior = torch.tensor([0, 0, 0, 3, 3, 1, 1, 0, 0, 0, 0, 0]) / 8  # three ends, three of token 4
     network, data = model(dropout=0.0), batch()
     real = data.known_target[:, 1:] != PAD

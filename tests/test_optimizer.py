@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from encdec_cli.data.batch import collate
 from encdec_cli.errors import BundleError
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.adafactor import Adafactor
@@ -343,7 +342,7 @@ def test_first_step_of_muon_by_hand() -> None:
 def test_muon_is_for_matrices_between_layers_alone() -> None:
     # The feed-forward is as wide as the vocabulary is large: sizes tell nothing.
     config = Transformer.Config(1, 1, 8, 2, 16, positions="learned", tie="none")
-    names = hidden_matrices(Transformer(config, 16, 16), collate([[4, 5]], [[6]], [0]))
+    names = hidden_matrices(Transformer(config, 16, 16))
     assert names == {
         *(f"encoder.0.{part}.weight" for part in ("attention.joined", "attention.output")),
         *(f"decoder.0.{part}.weight" for part in ("attention.joined", "attention.output")),

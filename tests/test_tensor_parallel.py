@@ -249,7 +249,7 @@ class Whole(Transformer):
             2,
             "parallel.tensor: lora.rank, guide.weight cannot",
         ),
-        (["parallel.tensor=2", "train.compile=true"], 2, "train.compile: .* parallel.tensor to 1"),
+        (["parallel.tensor=2", "train.compile=true"], 2, "train.compile: parts of layers are summed"),
         (
             ["parallel.tensor=2", "plugins=[whole.py]", "model={name: whole}"],
             2,

@@ -157,13 +157,15 @@ def identity(path: Path) -> str:
     return atomic.sha256(find_bundle(path) / atomic.MANIFEST)
 
 
-def load_alike(what: str, path: Path, bundle: Bundle) -> Bundle:
-    """Load a bundle that reads and writes the same ids as `bundle`, and as many of them, for its device and dtype.
+def load_alike(what: str, path: Path, bundle: Bundle, dtype: torch.dtype | None = None) -> Bundle:
+    """Load a bundle that reads and writes the same ids as `bundle`, and as many of them, for its device.
+
+    In its dtype, or in another one that is given.
 
     Raises BundleError, which begins with `what`, where the vocabularies are others or positions are lacking.
     """
     try:
-        found = Bundle.load(path, str(bundle.device), next(bundle.model.parameters()).dtype)
+        found = Bundle.load(path, str(bundle.device), dtype or next(bundle.model.parameters()).dtype)
     except BundleError as error:
         raise BundleError(f"{what} {error}") from error
     for side, ours, theirs in (("source", bundle.source, found.source), ("target", bundle.target, found.target)):

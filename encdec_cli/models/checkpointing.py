@@ -24,8 +24,13 @@ def checkpointed(layer: nn.Module, compute: Callable[..., tuple[Tensor, ...]], *
         layer: the module whose parameters `compute` uses.
         compute: tensors to a tuple of tensors; it may be called twice, so what it changes elsewhere must not matter.
         inputs: all tensors that need a gradient and reach `compute`.
+
+    Where weights are shared out over processes (`parallel.shard`) it must be used inside the layer's own call, where
+    they are gathered; raises TypeError elsewhere.
     """
     parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    if parameters and all(hasattr(parameter, "to_local") for parameter in layer.parameters()):
+        raise TypeError(f"{type(layer).__name__}: where weights are shared out, use it inside the layer's call")
     outputs: tuple[Tensor, ...] = _Checkpointed.apply(compute, len(inputs), *inputs, *parameters)  # type: ignore[no-untyped-call]
     return outputs
 

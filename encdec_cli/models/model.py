@@ -106,7 +106,8 @@ class Model(nn.Module):
         """Return the large modules, the inner ones first, each used by its call alone.
 
         Where weights are shared out over processes (`parallel.shard`) they are gathered one at a time, and all that
-        stands in none of them for the whole pass. Optional: without any, the whole model is gathered.
+        stands in none of them for the whole pass. Optional: without any, the whole model is gathered. What a
+        unit gives for gradients to flow through must be among what its call returns, and `checkpointed` used inside it.
         """
         return ()
 

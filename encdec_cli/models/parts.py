@@ -53,6 +53,12 @@ class Piece:
             start += last - first
         return Piece(self.shape, (*self.spans[:dim], tuple(kept), *self.spans[dim + 1 :]))
 
+    def of_means(self, size: Sequence[int]) -> Piece:
+        """Return the piece of what has one row, or column, where the process has `size` and the tensor more."""
+        means = [one == 1 != own for one, own in zip(size, self.size, strict=True)]
+        shape = tuple(1 if mean else one for mean, one in zip(means, self.shape, strict=True))
+        return Piece(shape, tuple(((0, 1),) if mean else own for mean, own in zip(means, self.spans, strict=True)))
+
     def overlaps(self, other: Piece) -> Iterator[tuple[tuple[slice, ...], tuple[slice, ...]]]:
         """Yield where the numbers stand that both pieces have: in the other one, and in this."""
         pairs = zip(other.spans, self.spans, strict=True)

@@ -55,11 +55,15 @@ class EncoderLayer(nn.Module):
         residuals = (self.attention_residual, self.attention_residual, self.feed_forward_residual)
         self._kernel = kernel_of(kernel.EncoderLayer, self.attention.heads, maps, self.feed_forward, residuals)
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, through: Callable[..., Tensor] | None = None
+    ) -> Tensor:
         """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it.
 
-        Where a kernel does it, in the place of x.
+        Where a kernel does it, in the place of x. `through`, if given, computes it: from the layer, x, mask and rotary.
         """
+        if through is not None:
+            return through(self, x, mask, rotary)
         if self._kernel is not None and self._kernel.takes(x, mask):
             return self._kernel(x, mask, None if rotary is None else rotary.turns(0, x.shape[1], x))
         x = self.attention_residual(x, lambda y: self.attention(y, mask, rotary=rotary))
@@ -107,20 +111,26 @@ class DecoderLayer(nn.Module):
         layer: int,
         rotary: Rotary | None,
         mask: Tensor | None = None,
-        seen: list[Tensor] | None = None,
-    ) -> Tensor:
+        shows: bool = False,
+        through: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Map x [rows, new, dim] to the same shape, and add to what `state` keeps for layer number `layer`.
 
-        mask: as `Ancestry.extend` gives it. `seen`, if given, gets the weights of the attention to the source,
-        [rows, heads, new, src_len].
+        mask: as `Ancestry.extend` gives it. If it `shows`, it returns the weights of the attention to the source, too,
+        [rows, heads, new, src_len]. `through`, if given, computes the first tokens of every row, as `_decode_whole`.
         """
-        if x.shape[1] == 1 and seen is None and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
+        if through is not None:
+            x, keys, values = through(self, x, state.sources[layer], state.mask, rotary)
+            state.caches[layer].append(keys, values, 0, keys.shape[2])
+            return x
+        if x.shape[1] == 1 and not shows and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
             return found
         cache, ancestry = state.caches[layer], state.ancestry
         keys, values = state.sources[layer]
+        seen: list[Tensor] = []
 
         def look(y: Tensor) -> Tensor:
-            if seen is not None:
+            if shows:
                 seen.append(self.cross.weights(y, keys, state.mask))
             mixed: Tensor = self.cross(y, keys, values, state.mask)
             return mixed
@@ -128,7 +138,7 @@ class DecoderLayer(nn.Module):
         x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, rotary, cache, ancestry))
         x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
-        return output
+        return (output, seen[0]) if shows else output
 
 
 @dataclass
@@ -174,17 +184,16 @@ class TransformerState:
 
 def _encode_whole(layer: EncoderLayer, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
     """Compute an encoder's layer as training does: what `Transformer.compile_layers` compiles, once for all layers."""
-    output: Tensor = layer(x, mask, rotary)
-    return output
+    return layer.forward(x, mask, rotary)  # this is a part of the layer's call: what hooks do is done
 
 
 def _decode_whole(
-    layer: DecoderLayer, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
+    layer: nn.Module, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a decoder's layer for all positions at once; return its output, and its keys and values."""
     ancestry = Ancestry(1)
     state = TransformerState(1, ancestry, [KeysValues()], [source], mask)
-    output: Tensor = layer(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
+    output: Tensor = layer.forward(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
     keys, values = state.caches[0].stores
     return output, keys, values
 
@@ -196,10 +205,7 @@ class Transformer(Model):
     own start normal with standard deviation d_model ** -0.5, the embedding of padding at zero.
     """
 
-    side_by_side = True
-    can_checkpoint = True
-    can_compile = True
-    can_divide = True
+    side_by_side = can_checkpoint = can_compile = can_divide = True
 
     @dataclass
     class Config:
@@ -310,30 +316,29 @@ class Transformer(Model):
         x = self._embed(source, embedding, self.source_positions, 0)
         bias = mask_bias(mask, x.dtype, self.compiled)
         for layer in self.encoder:
-            x = self._encoder_layer(layer, x, bias)
+            x = layer(x, bias, self.rotary, self._encoding if torch.is_grad_enabled() else None)
         return Memory(self.encoder_norm(x), mask)
 
-    def _encoder_layer(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            output: Tensor = layer(x, bias, self.rotary)
-            return output
+    def _encoding(self, layer: EncoderLayer, x: Tensor, bias: Tensor | None, rotary: Rotary | None) -> Tensor:
+        """Compute an encoder's layer as this model trains."""
         if self.checkpointing:
-            return checkpointed(layer, lambda x: (self._encode_whole(layer, x, bias, self.rotary),), x)[0]
-        return self._encode_whole(layer, x, bias, self.rotary)
+            return checkpointed(layer, lambda x: (self._encode_whole(layer, x, bias, rotary),), x)[0]
+        return self._encode_whole(layer, x, bias, rotary)
 
-    def _decoder_layer(self, number: int, x: Tensor, state: TransformerState, mask: Tensor | None) -> Tensor:
-        layer = self.decoder[number]
-        if not (torch.is_grad_enabled() and state.beam == 1 and state.length == x.shape[1]):
-            output: Tensor = layer(x, state, number, self.rotary, mask)
-            return output
+    def _decoding(
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        source: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        rotary: Rotary | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute a decoder's layer as this model trains; see `_decode_whole`."""
 
         def compute(x: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return self._decode_whole(layer, x, (keys, values), state.mask, self.rotary)
+            return self._decode_whole(layer, x, (keys, values), mask, rotary)
 
-        sources = state.sources[number]
-        x, keys, values = checkpointed(layer, compute, x, *sources) if self.checkpointing else compute(x, *sources)
-        state.caches[number].append(keys, values, 0, keys.shape[2])
-        return x
+        return checkpointed(layer, compute, x, *source) if self.checkpointing else compute(x, *source)  # type: ignore[return-value]
 
     def start(self, memory: Memory, beam: int = 1) -> TransformerState:
         """Compute every layer's keys and values of the source, once for each sentence."""
@@ -350,8 +355,9 @@ class Transformer(Model):
         """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
         x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
         mask = state.ancestry.extend(tokens.shape[1], x)
-        for number in range(len(self.decoder)):
-            x = self._decoder_layer(number, x, state, mask)
+        trains = torch.is_grad_enabled() and state.beam == 1 and state.length == tokens.shape[1]
+        for number, layer in enumerate(self.decoder):
+            x = layer(x, state, number, self.rotary, mask, through=self._decoding if trains else None)
         hidden: Tensor = self.decoder_norm(x)
         return hidden
 
@@ -360,9 +366,8 @@ class Transformer(Model):
         x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
         mask = state.ancestry.extend(tokens.shape[1], x)
         for number, layer in enumerate(self.decoder):
-            seen: list[Tensor] = []
-            x = layer(x, state, number, self.rotary, mask, seen)
-            yield seen[0]
+            x, weights = layer(x, state, number, self.rotary, mask, shows=True)
+            yield weights
 
     def compile_layers(self) -> None:
         """Compile what training does of a layer, for batches of any shape, once for all layers."""

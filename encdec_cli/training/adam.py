@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.optimizer import Weight
 
 
@@ -22,7 +23,7 @@ class Adam:
     classes of `torch.optim` import the compiler, which takes more than a second.
     """
 
-    elementwise: ClassVar[bool] = True
+    unshared: ClassVar[frozenset[str]] = frozenset()
 
     decoupled: bool = True
     """Whether the decay acts on the weights apart from the gradient, as in AdamW."""
@@ -37,7 +38,7 @@ class Adam:
         """Return the averages of the gradient and of its square."""
         return {"moment1": torch.zeros_like(master), "moment2": torch.zeros_like(master)}
 
-    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
+    def update(self, weights: Sequence[Weight], rate: float, updates: int, ranks: Ranks) -> None:
         """Change the masters; see `Rule`."""
         for is_matrix, decay in ((True, self.weight_decay), (False, 0.0)):
             group = [weight for weight in weights if (weight.master.dim() >= 2) == is_matrix]

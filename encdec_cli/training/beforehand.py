@@ -84,18 +84,6 @@ def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -
     world = ranks.world
     if world > 1 and recipe.train.tokens == "auto":
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
-    whole = {
-        "train.checkpointing": recipe.train.checkpointing,
-        "train.ema": recipe.train.ema,
-        "train.freeze": recipe.train.freeze,
-        "lora.rank": recipe.lora.rank,
-        "guide.weight": recipe.guide.weight,
-        "risk.metric": recipe.risk.metric,
-        "teacher.model": recipe.teacher.model,
-    }
-    asked = [key for key, value in whole.items() if value]
-    if world > 1 and recipe.parallel.shard and asked:
-        raise UsageError(f"parallel.shard: {', '.join(asked)} cannot do with shares of weights; leave out one of them.")
 
 
 def _check_update(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:

@@ -107,6 +107,16 @@ class Ranks:
             for tensor, total in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
 
+    def exchange(self, what: str, parts: Tensor) -> Tensor:
+        """Give process i parts[i], and return what each gave this one, in their order: [world, ...], contiguous."""
+        if self._roll is None:
+            return parts
+        came = torch.empty_like(parts)
+        with self._roll.waiting(what):
+            dist.all_to_all_single(came, parts)
+            _settle()
+        return came
+
     def total(self, what: str, value: float, group: dist.ProcessGroup | None = None) -> float:
         """Return the sum of a number over all processes, or a group."""
         if self._roll is None:

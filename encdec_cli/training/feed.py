@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from random import Random
 
@@ -32,10 +33,18 @@ class Feed:
         bundle: the model that learns, its tokenizers and its recipe.
         data: the training examples.
         device: where the batches are wanted.
+        alone: gives a block in which the model computes in this process alone; see `Layout`.
     """
 
-    def __init__(self, bundle: Bundle, data: Prepared, device: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        data: Prepared,
+        device: str,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         recipe = bundle.recipe
+        self._alone = alone
         self._device, self._store = device, data.store("train")
         self._links = Links(bundle, data, recipe.guide.alignments) if recipe.guide.weight else None
         self._seed, self._noise = recipe.train.seed, recipe.regularize
@@ -61,7 +70,10 @@ class Feed:
         """Return some examples as the micro-batch of an update, on the model's device."""
         ahead = self._ahead.pop((update, rows.tobytes()), None)
         batch = (ahead.result() if ahead else self._read(rows, update)).to(self._device)
-        return batch if self._judge is None else self._judge(batch, self._seed_of(update))
+        if self._judge is None:
+            return batch
+        with self._alone():
+            return self._judge(batch, self._seed_of(update))
 
     def _seed_of(self, update: int) -> int:
         return self._seed * 1_000_003 + update

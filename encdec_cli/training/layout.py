@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
@@ -60,6 +60,12 @@ class Layout(Protocol):
     def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Computing:
         """Return what computes micro-batches, at most so many side by side, for these parameters; see `Gradients`."""
 
+    def alone(self) -> AbstractContextManager[None]:
+        """Let each process compute with the model by itself inside the block, without gradients.
+
+        Every process must enter it.
+        """
+
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Bring the weights into the whole model; return what gives them at full precision to the first process.
 
@@ -89,6 +95,10 @@ class Replicated:
     def gradients(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int) -> Gradients:
         """Return what computes micro-batches, side by side where it can be; see `Layout`."""
         return Gradients(model, parameters, objective, most, self.say)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Do nothing; see `Layout`."""
+        return nullcontext()
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Return what gives the weights of the optimizer, and buffers as the model has them; see `Layout`."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.optimizer import Weight
 
 _ITERATIONS = 5
@@ -26,7 +27,7 @@ class Muon:
     equation 4), so one rate serves both.
     """
 
-    elementwise: ClassVar[bool] = False
+    unshared: ClassVar[frozenset[str]] = frozenset()
 
     decay: float = 0.95
     """Of the average of the gradient."""
@@ -39,19 +40,45 @@ class Muon:
         """Return the average of the gradient."""
         return {"momentum": torch.zeros_like(master)}
 
-    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
-        """Change the masters; see `Rule`."""
-        by_shape: dict[torch.Size, list[tuple[Weight, Tensor]]] = {}
+    def update(self, weights: Sequence[Weight], rate: float, updates: int, ranks: Ranks) -> None:
+        """Change the masters; see `Rule`. Of matrices in shares each process gets some whole, and gives their steps."""
+        whole: dict[torch.Size, list[tuple[Weight, Tensor]]] = {}
+        shared: dict[torch.Size, list[tuple[Weight, Tensor]]] = {}
         for weight, direction in zip(weights, self._directions(weights), strict=True):
-            blocks = square_blocks(direction)
-            by_shape.setdefault(blocks.shape[1:], []).append((weight, blocks))
-        for shape, members in by_shape.items():
-            steps = orthogonalised(torch.cat([blocks for _, blocks in members]), self.dtype)
-            size = 0.2 * max(shape) ** 0.5 * rate
-            masters = [weight.master for weight, _ in members]
-            torch._foreach_mul_(masters, 1 - rate * self.weight_decay)
-            each = torch.split(steps, [len(blocks) for _, blocks in members])
-            torch._foreach_sub_([square_blocks(master) for master in masters], each, alpha=size)
+            if weight.rows is None:
+                whole.setdefault(square_blocks(direction).shape[1:], []).append((weight, direction))
+            else:
+                shared.setdefault(weight.parameter.shape, []).append((weight, direction))
+        for shape, members in whole.items():
+            blocks = [square_blocks(direction) for _, direction in members]
+            steps = torch.split(orthogonalised(torch.cat(blocks), self.dtype), [len(each) for each in blocks])
+            self._move([square_blocks(weight.master) for weight, _ in members], list(steps), shape, rate)
+        for shape, members in shared.items():
+            square = square_blocks(torch.empty(shape, device="meta")).shape[1:]
+            rows = [direction for _, direction in members]
+            found = self._shared_steps(rows, shape[0], ranks, f"the step after {updates} updates")
+            self._move([weight.master for weight, _ in members], found, square, rate)
+
+    def _move(self, masters: list[Tensor], steps: list[Tensor], shape: torch.Size, rate: float) -> None:
+        torch._foreach_mul_(masters, 1 - rate * self.weight_decay)
+        torch._foreach_sub_(masters, steps, alpha=0.2 * max(shape) ** 0.5 * rate)
+
+    def _shared_steps(self, directions: Sequence[Tensor], length: int, ranks: Ranks, what: str) -> list[Tensor]:
+        """Return this process's rows of the steps for its rows of some matrices of equal shapes, `length` rows each."""
+        each, most = (-(-count // ranks.world) for count in (len(directions), length))
+        columns = directions[0].shape[1]
+        sent = directions[0].new_zeros(ranks.world * each, most, columns)
+        for place, direction in zip(sent, directions, strict=False):
+            place[: len(direction)] = direction
+        # To each process its matrices: [processes, each, most, columns]; what comes has the processes' rows of ours.
+        came = ranks.exchange(what, sent.view(ranks.world, each, most, columns))
+        matrices = came.transpose(0, 1).reshape(each, -1, columns)
+        blocks = [square_blocks(matrix[:length]) for matrix in matrices]
+        steps = orthogonalised(torch.cat(blocks), self.dtype)
+        for block, step in zip(blocks, torch.split(steps, [len(block) for block in blocks]), strict=True):
+            block.copy_(step)
+        back = ranks.exchange(what, matrices.view(each, ranks.world, most, columns).transpose(0, 1).contiguous())
+        return [step[: len(own)] for step, own in zip(back.flatten(0, 1), directions, strict=False)]
 
     def _directions(self, weights: Sequence[Weight]) -> Sequence[Tensor]:
         momenta = [weight.moments["momentum"] for weight in weights]

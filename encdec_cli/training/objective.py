@@ -115,20 +115,22 @@ class Mixture:
         return torch.stack(losses).sum()
 
 
-def make_objective(bundle: Bundle, store: Store, device: str) -> Objective:
+def make_objective(bundle: Bundle, store: Store, device: str, dtype: torch.dtype) -> Objective:
     """Return the objective of a recipe: what its `train`, `regularize`, `teacher`, `guide` and `risk` add up to.
 
     Args:
-        bundle: the model that learns, on its device, and its recipe. Raises UsageError if it has no head to guide.
+        bundle: the model that learns, on its device, whole, and its recipe. Raises UsageError if it has no head to
+            guide.
         store: the training examples.
         device: where it is computed.
+        dtype: in which it is computed.
     """
     recipe, smoothing, prior = bundle.recipe, bundle.recipe.train.label_smoothing, None
     if recipe.regularize.smoothing_prior == "unigram":
         prior = _unigram(store, len(bundle.target.vocabulary)).to(device)
     objective: Objective = CrossEntropy(smoothing, prior)
     if recipe.teacher.model:
-        objective = with_teacher(bundle, recipe.teacher.model, prior)
+        objective = with_teacher(bundle, recipe.teacher.model, prior, dtype)
     elif recipe.regularize.rdrop:
         objective = RDrop(smoothing, prior, recipe.regularize.rdrop)
     share = recipe.risk.weight if recipe.risk.metric else 0.0

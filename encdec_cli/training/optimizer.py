@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError
 from encdec_cli.models.parts import Piece
+from encdec_cli.training.distributed import Ranks
 
 
 @dataclass
@@ -37,26 +38,33 @@ class Weight:
         kept = {"master": self.master, "ema": self.average, **self.moments}
         return {f"{kind}.{self.name}": tensor for kind, tensor in kept.items() if tensor is not None}
 
-    def piece(self) -> Piece | None:
-        """Return what this process has of the model's weight; None if it has all."""
-        if self.rows is None:
-            return self.part
-        return (self.part or Piece.whole(self.parameter.shape)).narrow(0, self.rows.start, self.rows.stop)
+    @property
+    def shared(self) -> bool:
+        """Whether other processes have other numbers of the model's weight."""
+        return self.rows is not None or self.part is not None
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Yield what this process has of `state()`; nothing if it has all."""
+        piece = self.part
+        if self.rows is not None:
+            piece = (piece or Piece.whole(self.parameter.shape)).narrow(0, self.rows.start, self.rows.stop)
+        if piece is not None:
+            yield from ((name, piece.of_means(tensor.shape)) for name, tensor in self.state().items())
 
 
 class Rule(Protocol):
     """How masters follow gradients."""
 
-    elementwise: ClassVar[bool]
-    """Whether it may be given some rows of a weight and do with them what it would do with the whole."""
+    unshared: ClassVar[frozenset[str]]
+    """The moments that every process has whole where it has some rows only of a weight; the others have its rows."""
 
     def moments(self, master: Tensor) -> dict[str, Tensor]:
         """Return what it remembers of a weight before the first update, by name."""
 
-    def update(self, weights: Sequence[Weight], rate: float, updates: int) -> None:
-        """Change the masters, and the moments, by the gradients; `updates` have been done before.
+    def update(self, weights: Sequence[Weight], rate: float, updates: int, ranks: Ranks) -> None:
+        """Change the masters, and the moments, by the gradients, which may be overwritten; see `Optimizer.step`.
 
-        A weight without a gradient counts as one whose gradient is zero.
+        A weight without a gradient counts as one whose gradient is zero. `updates` have been done before.
         """
 
 
@@ -86,7 +94,7 @@ class Optimizer:
         self._groups: list[tuple[Rule, list[Weight]]] = []
         self._frozen: list[Weight] = []
         for rule, parameters in rules:
-            named = [_new_weight(rule, name, parameter, (parts or {}).get(name)) for name, parameter in parameters]
+            named = [_new_weight(name, parameter, (parts or {}).get(name)) for name, parameter in parameters]
             self._frozen += [weight for weight in named if not weight.parameter.requires_grad]
             weights = [weight for weight in named if weight.parameter.requires_grad]
             for weight in weights:
@@ -151,9 +159,9 @@ class Optimizer:
         if not gradients:
             return 0.0
         norms = torch.stack(torch._foreach_norm(gradients))
-        if self.pieces():
+        if any(weight.shared for weight in self._weights):
             own = [weight for weight in self._weights if weight.gradient is not None]
-            copies = [(1 if w.rows else data) * (1 if w.part else tensor) for w in own]
+            copies = [(data if w.rows is None else 1) * (tensor if w.part is None else 1) for w in own]
             norm = float((norms * torch.tensor(copies).to(norms).rsqrt()).norm())
             norm = math.sqrt(total(norm * norm))
         else:
@@ -163,10 +171,13 @@ class Optimizer:
         return norm
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
-        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients."""
+    def step(self, rate: float, ranks: Ranks | None = None) -> None:
+        """Update the masters with the collected gradients, copy them to the parameters, forget the gradients.
+
+        ranks: the processes that share the weights; None: this one alone.
+        """
         for rule, weights in self._groups:
-            rule.update(weights, rate, self.updates)
+            rule.update(weights, rate, self.updates, ranks or Ranks())
         self.updates += 1
         self._average()
         self.forget()
@@ -187,8 +198,11 @@ class Optimizer:
 
     def pieces(self) -> dict[str, Piece]:
         """Return the names in `state()` of which this process has a piece only, and which."""
-        pieces = ((weight.piece(), weight) for weight in (*self._weights, *self._frozen))
-        return {name: piece for piece, weight in pieces if piece is not None for name in weight.state()}
+        shared = {name: piece for w in (*self._weights, *self._frozen) for name, piece in w.pieces()}
+        for rule, own in self._groups:
+            for name in (f"{moment}.{weight.name}" for moment in rule.unshared for weight in own):
+                shared.pop(name, None)
+        return shared
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights by the names of their parameters; no copies."""
@@ -200,10 +214,14 @@ class Optimizer:
 
     @contextmanager
     def averages_in_use(self) -> Iterator[None]:
-        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile."""
-        own = [(weight.parameter, weight.parameter.data) for weight in self._weights]
+        """Let the model compute with the averages, if they are kept; there must be no `step` meanwhile.
+
+        A model whose weights are shared out is left as it is: its averages are gathered, see `Layout.weights`.
+        """
+        whole = [weight for weight in self._weights if weight.rows is None]
+        own = [(weight.parameter, weight.parameter.data) for weight in whole]
         try:
-            for weight in self._weights:
+            for weight in whole:
                 if weight.average is not None:
                     weight.parameter.data = weight.average.to(weight.parameter.dtype)
             yield
@@ -244,13 +262,8 @@ class Optimizer:
         _publish([*self._weights, *self._frozen])
 
 
-def _new_weight(rule: Rule, name: str, parameter: nn.Parameter, part: Piece | None) -> Weight:
+def _new_weight(name: str, parameter: nn.Parameter, part: Piece | None) -> Weight:
     own, rows = _own(parameter)
-    if rows is not None and not rule.elementwise:
-        raise UsageError(
-            f"train.optimizer: {type(rule).__name__} needs whole matrices, and parallel.shard leaves each process some "
-            "rows of them; use adamw, or parallel.shard=false."
-        )
     return Weight(name, parameter, own.detach().float(), rows=rows, part=part)
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import nn
 
-from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import parts_of
 from encdec_cli.recipe import Train
+from encdec_cli.text.vocabulary import BOS, EOS, PAD
 from encdec_cli.training.adafactor import Adafactor
 from encdec_cli.training.adam import Adam
 from encdec_cli.training.loss import used_by
@@ -16,13 +18,13 @@ from encdec_cli.training.muon import Muon
 from encdec_cli.training.optimizer import Optimizer, Rule
 
 
-def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype) -> Optimizer:
+def make_optimizer(model: Model, train: Train, inner: Collection[str], dtype: torch.dtype) -> Optimizer:
     """Build the optimizer of a recipe for a model that still is fp32.
 
     Args:
         model: whose parameters are to learn.
         train: the recipe's section.
-        batch: any training examples; see `hidden_matrices`.
+        inner: names of the matrices for Muon; see `hidden_matrices`.
         dtype: in which the model will compute.
     """
     rule: Rule = Adam(train.optimizer != "adam", train.betas, weight_decay=train.weight_decay)
@@ -30,7 +32,6 @@ def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype)
         rule = Adafactor(train.weight_decay)
     muon = Muon(weight_decay=train.weight_decay, dtype=dtype)
     named = dict(model.named_parameters())
-    inner = hidden_matrices(model, batch) if train.optimizer == "muon" else set()
     return Optimizer(
         [
             (muon, [(name, p) for name, p in named.items() if name in inner]),
@@ -41,13 +42,15 @@ def make_optimizer(model: Model, train: Train, batch: Batch, dtype: torch.dtype)
     )
 
 
-def hidden_matrices(model: Model, batch: Batch) -> set[str]:
+def hidden_matrices(model: Model) -> set[str]:
     """Return the names of the matrices between layers: neither embeddings nor used by the output layer.
 
-    What `project` uses is found by a pass over `batch`.
+    What `project` uses is found by a pass over an empty example; no weight may be shared out yet.
     """
+    device = next(model.parameters()).device
+    source, target = torch.tensor([[EOS]], device=device), torch.tensor([[BOS]], device=device)
     with torch.no_grad():
-        hidden = model(batch.source, batch.source_mask, batch.known_target[:, :-1])
+        hidden = model(source, source != PAD, target)
     tables = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     others = {id(p) for p in (*tables, *used_by(model.project, hidden.flatten(0, 1), list(model.parameters()))[0])}
     return {name for name, p in model.named_parameters() if p.dim() == 2 and id(p) not in others}

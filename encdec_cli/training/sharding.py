@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
 from encdec_cli.training.layout import brought_together, part_of, save_in_parts
+from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -46,42 +49,48 @@ class Sharded:
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
         copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
-        # It warns of views that are changed in place; no layer here changes what another returned.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-        device = next(model.parameters()).device.type
-        if self.ranks.peers is None:
-            mesh = init_device_mesh(device, (self.ranks.world,))
-        else:  # rows of a part of each layer, shared with those who have the same part
+        if self.ranks.tensor > 1:
             divide(model, part_of(self.ranks))
             self._parts = parts_of(model).keys()
-            mesh = DeviceMesh.from_group(self.ranks.peers, device)
-        policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
-        for unit in (*model.units(), model):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        for module in model.modules():
-            if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
+        self._root = Root(model)
+        share_out(self._root, self.ranks, precision)
         return copy
 
     def gradients(
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
     ) -> ShardedGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
-        return ShardedGradients(model, parameters, objective, self.ranks)
+        return ShardedGradients(self._root, parameters, objective, self.ranks)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Gather all weights inside the block; see `Layout`."""
+        root, *units = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
+        with self.ranks.computing("gathering the weights"), torch.no_grad():
+            self._root(_nothing)
+            for unit in units:
+                unit.set_reshard_after_forward(False, recurse=False)
+                unit.unshard()
+        try:
+            yield
+        finally:
+            for unit in units:
+                unit.set_reshard_after_forward(True, recurse=False)
+                unit.reshard()
+            root.reshard()
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
-        """Gather the weights in the memory of the first process, tensor by tensor; see `Layout`."""
-        named, parts = {}, parts_of(model)
+        """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
+        named, averages, parts = {}, optimizer.averages(), parts_of(model)
         with self.ranks.computing("gathering the weights"):
             for name, value in model.state_dict().items():
-                full = value.full_tensor() if isinstance(value, DTensor) else value
+                full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
                 full = brought_together(full, parts[name][0], self.ranks) if name in parts else full
                 if self.ranks.first:
                     named[name] = full.cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
-        return lambda: named
+        return lambda: merged(whole, named)
 
     def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Let each process write its rows, and the first the rest; commit when all have written."""
@@ -89,6 +98,52 @@ class Sharded:
         shared = [name for name in pieces if self.ranks.place == 0 or name.partition(".")[2] in self._parts]
         mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
         save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.world)
+
+
+def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
+    """Gather a weight, or instead of its own rows those that are given."""
+    if rows is not None:
+        layout = weight.device_mesh, weight.placements
+        weight = DTensor.from_local(rows, *layout, shape=weight.shape, stride=weight.stride())
+    return weight.full_tensor()
+
+
+def _nothing() -> None:
+    return None
+
+
+class Root(nn.Module):
+    """What stands around a model in shares: while it is called, what is in none of the model's units is gathered.
+
+    So an objective may call whichever methods of the model it likes. It must be called before any of its units.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Tensor | None]) -> Tensor | None:
+        """Return what `work` does, such as the loss of a micro-batch."""
+        return work()
+
+
+def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
+    """Leave this process its rows of a model's weights, gathered in the type of the computation."""
+    # It warns of views that are changed in place; no layer here changes what another returned.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+    device = next(root.parameters()).device.type
+    peers = ranks.peers
+    mesh = init_device_mesh(device, (ranks.world,)) if peers is None else DeviceMesh.from_group(peers, device)
+    # Inputs are of that type already; to cast them would copy the lists among them, which a layer may add to.
+    policy = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
+    for buffer in root.buffers():
+        buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
+    for unit in (*root.model.units(), root):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
 
 
 class ShardedGradients:
@@ -99,9 +154,10 @@ class ShardedGradients:
 
     workers = 1
 
-    def __init__(self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
+    def __init__(self, root: Root, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.model = model
+        self.root = root
+        self.model = root.model
         self.parameters = parameters
         self.objective = objective
 
@@ -118,15 +174,15 @@ class ShardedGradients:
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
             with self.ranks.computing("a micro-batch"):
                 with drawing(own_seed):
-                    loss = self.objective(self.model, batch, _Gathered(self.model), weight)
-                loss.backward()  # type: ignore[no-untyped-call]
+                    loss = self.root(partial(self.objective, self.model, batch, Gathered(self.model), weight))
+                loss.backward()
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
             yield float(loss.detach()) / weight, tuple(g.to_local() if isinstance(g, DTensor) else g for g in gradients)
 
 
-class _Gathered(Sequence[nn.Parameter]):
+class Gathered(Sequence[nn.Parameter]):
     """The parameters as they are when somebody looks: those of a gathered unit are whole."""
 
     def __init__(self, model: Model) -> None:

@@ -77,12 +77,12 @@ class Divergence:
         return (1 - self.weight) * total + self.weight * divergence, gradient
 
 
-def with_teacher(bundle: Bundle, path: Path, prior: Tensor | None) -> Distillation:
+def with_teacher(bundle: Bundle, path: Path, prior: Tensor | None, dtype: torch.dtype) -> Distillation:
     """Return the objective of a bundle whose recipe names the teacher at `path`.
 
-    prior: as of `Distillation`. Raises BundleError unless the teacher reads and writes the same ids.
+    prior: as of `Distillation`. dtype: of the teacher. Raises BundleError unless it reads and writes the same ids.
     """
     section = bundle.recipe.teacher
-    teacher = load_alike("teacher", path, bundle).model.requires_grad_(False)
+    teacher = load_alike("teacher", path, bundle, dtype).model.requires_grad_(False)
     smoothing = bundle.recipe.train.label_smoothing
     return Distillation(teacher, smoothing, prior, section.weight, section.temperature)

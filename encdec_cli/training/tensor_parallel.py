@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from encdec_cli.training.layout import brought_together, check_same, part_of, sa
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
-from encdec_cli.training.sharding import ShardedGradients
+from encdec_cli.training.sharding import Root, ShardedGradients
 
 
 class Divided:
@@ -40,7 +41,11 @@ class Divided:
     ) -> ShardedGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
         self._precision.apply(model)
-        return ShardedGradients(model, parameters, objective, self.ranks)
+        return ShardedGradients(Root(model), parameters, objective, self.ranks)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Do nothing but wait for the others: the mates compute together whatever they compute; see `Layout`."""
+        return self.ranks.computing("the model")
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Bring the weights together in the memory of the first process, tensor by tensor; see `Layout`."""

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -40,7 +40,7 @@ from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt, check_start
 from encdec_cli.training.objective import make_objective
-from encdec_cli.training.rules import make_optimizer
+from encdec_cli.training.rules import hidden_matrices, make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.tensorboard import Board
@@ -94,18 +94,19 @@ class Trainer:
         self.layout = make_layout(setting.recipe, self.ranks, setting.say)
         self._check_lengths()
         if self.layout.even:
-            _ = self.formula  # which shares of a model do not tell
+            _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
-        whole = self.layout.whole(model, chosen)
-        self.bundle = Bundle(setting.recipe, whole, source, target, plugins=setting.plugins)
-        self.feed = Feed(self.bundle, setting.data, setting.device)
-        self.optimizer = make_optimizer(model, self.train, self.first(np.array([0])), chosen.dtype)
+        self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
+        objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
+        inner = hidden_matrices(model) if self.train.optimizer == "muon" else ()
+        self.bundle.model = whole = self.layout.whole(model, chosen)
+        self.feed = Feed(replace(self.bundle, model=model), setting.data, setting.device, self.layout.alone)
+        self.optimizer = make_optimizer(model, self.train, inner, chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
         compiled = compiles(setting.recipe, model, setting.device)
         # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
-        objective = make_objective(self.bundle, self.store, setting.device)
         self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
@@ -238,7 +239,7 @@ class Trainer:
             self._leave_out(f"loss {loss}, gradient norm {norm}", batches, job)
             return
         rate = learning_rate(step, self.train.schedule, self.train.rate, self.train.warmup, self.train.steps)
-        self.optimizer.step(rate)
+        self.optimizer.step(rate, self.ranks)
         self._passed(batches)
         progress.tokens += tokens
         progress.loss += loss
