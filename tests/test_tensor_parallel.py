@@ -194,7 +194,9 @@ def test_processes_that_share_layers_learn_what_one_learns(one, two):
         assert first[name].numel() == whole.numel() / (2 if cut else 1)
 
 
-@pytest.mark.parametrize(("options", "files"), [(["train.checkpointing=true"], 2), (ROWS, 4)])
+@pytest.mark.parametrize(
+    ("options", "files"), [(["train.checkpointing=true"], 2), pytest.param(ROWS, 4, marks=pytest.mark.slow)]
+)
 def test_groups_of_them_share_an_update_and_the_rows_of_their_parts(forks, one, corpus, tmp_path, options, files):
     run = tmp_path / "run"
     trained(forks, 4, corpus, *SMALL, SHARED, *options, "--output", run)
@@ -205,13 +207,26 @@ def test_groups_of_them_share_an_update_and_the_rows_of_their_parts(forks, one, 
     assert sum(sizes) == sum(map(Tensor.numel, state(run).values()))  # each number once
 
 
-def test_a_checkpoint_is_read_by_any_number_of_them(forks, one, corpus, tmp_path):
-    options = (corpus, *SMALL, "train.ema=0", "--output", tmp_path / "run")
-    trained(forks, 2, *options, SHARED, "train.steps=2")
-    trained(forks, 4, *options, SHARED, *ROWS, "train.steps=3")
-    said = trained(forks, 1, *options, "train.steps=4")
-    assert "parallel.tensor was 2, is now 1; the weights will not be bit-identical" in said[0].stderr
-    trained(forks, 4, *options, "parallel.tensor=4")
+FOUR = ("parallel.tensor=4",)
+READERS = [
+    [(4, (SHARED, *ROWS), 2), (1, (), 6)],
+    pytest.param([(1, (), 1), (2, (SHARED,), 2), (4, (SHARED, *ROWS), 3), (4, FOUR, 6)], marks=pytest.mark.slow),
+    pytest.param([(4, FOUR, 2), (4, (SHARED,), 3), (2, ROWS, 4), (2, (SHARED,), 6)], marks=pytest.mark.slow),
+]
+"""How many processes go on with a run, what they share, and to which update."""
+
+
+@pytest.mark.parametrize("readers", READERS)
+def test_a_checkpoint_is_read_by_any_number_of_them(forks, one, corpus, tmp_path, readers):
+    before = None
+    for world, keys, steps in readers:
+        options = (*SMALL, "train.ema=0", *keys, f"train.steps={steps}", "--output", tmp_path / "run")
+        said = trained(forks, world, corpus, *options)[0].stderr
+        tensor = int(keys[0][-1]) if "parallel.tensor" in "".join(keys) else 1
+        if before not in (None, tensor):
+            note = f"parallel.tensor was {before}, is now {tensor}; the weights will not be bit-identical"
+            assert note in said
+        before = tensor
     assert_close(tmp_path / "run", one)
 
 
