@@ -38,7 +38,7 @@ SMALL = (
     ),
 )
 SHARED = "parallel.tensor=2"
-ROWS = ("parallel.shard=true", "train.ema=0")
+ROWS = ("parallel.shard=true",)
 
 
 @pytest.fixture(scope="module")
@@ -167,13 +167,13 @@ def two(forks, corpus, tmp_path_factory):
 def assert_close(run: Path, other: Path) -> None:
     """Assert that two runs have come to the same state, but for rounding."""
     ours, theirs = state(run), state(other)
-    assert {name for name in theirs.keys() ^ ours.keys() if not name.startswith("ema.")} == set()
+    assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         # Attention does not change with a bias of the keys: its gradient is rounding alone, which Adam makes large.
         if not name.endswith("joined.bias"):
             torch.testing.assert_close(value, theirs[name], **ROUNDING)
     bundle = safetensors.torch.load_file(run / "bundle" / "model.safetensors")
-    assert all(torch.equal(w, ours.get(f"ema.{name}", ours[f"master.{name}"])) for name, w in bundle.items())
+    assert all(torch.equal(w, ours[f"ema.{name}"]) for name, w in bundle.items())
 
 
 def assert_alike(run: Path, other: Path) -> None:
@@ -220,7 +220,7 @@ READERS = [
 def test_a_checkpoint_is_read_by_any_number_of_them(forks, one, corpus, tmp_path, readers):
     before = None
     for world, keys, steps in readers:
-        options = (*SMALL, "train.ema=0", *keys, f"train.steps={steps}", "--output", tmp_path / "run")
+        options = (*SMALL, *keys, f"train.steps={steps}", "--output", tmp_path / "run")
         said = trained(forks, world, corpus, *options)[0].stderr
         tensor = int(keys[0][-1]) if "parallel.tensor" in "".join(keys) else 1
         if before not in (None, tensor):
@@ -228,6 +228,19 @@ def test_a_checkpoint_is_read_by_any_number_of_them(forks, one, corpus, tmp_path
             assert note in said
         before = tensor
     assert_close(tmp_path / "run", one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "keys", [["teacher.model={one}"], ["risk={metric: chrf, weight: 0.5}", "train.tokens=64", "--init-from", "{one}"]]
+)
+def test_a_teacher_and_minimum_risk_serve_them_too(forks, one, corpus, tmp_path, keys):
+    options = (corpus, *SMALL, *(key.replace("{one}", str(one)) for key in keys), "--output")
+    trained(forks, 1, *options, tmp_path / "alone")
+    trained(forks, 2, *options, tmp_path / "two", SHARED)
+    assert_close(tmp_path / "two", tmp_path / "alone")
+    trained(forks, 4, *options, tmp_path / "four", SHARED, *ROWS)
+    assert_close(tmp_path / "four", tmp_path / "alone")
 
 
 def test_one_of_them_killed_is_named_and_the_run_goes_on_to_the_bit(forks, two, corpus, tmp_path):

@@ -112,8 +112,6 @@ def _check_tensor(recipe: Recipe, world: int) -> None:
         f"train.optimizer={other}": other,
         "lora.rank": recipe.lora.rank,
         "guide.weight": recipe.guide.weight,
-        "risk.metric": recipe.risk.metric,
-        "teacher.model": recipe.teacher.model,
     }
     if asked := [key for key, value in parts.items() if value]:
         raise UsageError(f"parallel.tensor: {', '.join(asked)} cannot do with parts of weights; leave out one of them.")
