@@ -87,7 +87,7 @@ class Sharded:
                 full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
                 full = brought_together(full, parts[name][0], self.ranks) if name in parts else full
                 if self.ranks.first:
-                    named[name] = full.cpu()
+                    named[name] = (full.float() if full.is_floating_point() else full).cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
         return lambda: merged(whole, named)
