@@ -8,16 +8,24 @@ import sys
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from encdec_cli.models.linear import MUCH, linear
+from encdec_cli.kernels.linear import can_map, operators
+from encdec_cli.models.linear import ENOUGH, MUCH, linear
 from encdec_cli.training.meter import Meter
 from tests.conftest import environment
 
 
-@pytest.fixture(autouse=True)
-def _seed():
+@pytest.fixture(autouse=True, params=[True, False], ids=["ours", "torch"])
+def ours(request, monkeypatch):
     torch.manual_seed(0)
+    if not request.param:
+        monkeypatch.setattr("encdec_cli.models.linear.can_map", lambda x, weight: False)
+    elif not can_map(torch.zeros(2, 2), torch.zeros(2, 2)):
+        pytest.skip("this machine has no products of our own")
+    return request.param
 
 
 def large(rows: tuple[int, ...], inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> tuple:
@@ -57,6 +65,49 @@ def test_the_same_map_twice_has_the_same_bits():
     tensors = large((5, 100), 96, 288)
     first, second = (torch.autograd.grad(linear(*tensors).square().sum(), tensors) for _ in range(2))
     assert all(map(torch.equal, first, second))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 1500),
+    inputs=st.integers(1, 140),
+    outputs=st.integers(1, 140),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_products_of_any_shape_are_those_in_double_precision(ours, rows, inputs, outputs, dtype):
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    bias, outer = torch.randn(outputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    if not ours or not can_map(x, weight):
+        assert not ours or dtype == torch.float32 or inputs % 2 or outputs % 2
+        return
+    maps = operators()
+    found = (maps.linear(x, weight, bias), maps.linear_by_input(outer, weight), *maps.linear_by_weight(outer, x))
+    exact_x, exact_weight, exact = x.double(), weight.double(), outer.double()
+    wanted = (exact_x @ exact_weight.t() + bias.double(), exact @ exact_weight, exact.t() @ exact_x, exact.sum(0))
+    for one, other in zip(found, wanted, strict=True):
+        rounding = 1e-6 if dtype == torch.float32 else 1 / 256
+        error = (one.double() - other).abs()
+        assert (error <= rounding * other.abs() + 1e-5 * (rows + inputs + outputs) ** 0.5).all()
+
+
+def test_neither_threads_nor_neighbours_change_a_bit_of_a_row(ours):
+    if not ours:
+        return
+    x, weight, bias = large((1300,), 256, 300, torch.bfloat16)
+    threads, outer = torch.get_num_threads(), torch.randn(1300, 300, dtype=torch.bfloat16)
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            mapped = linear(x, weight, bias)
+            found.append((mapped, *torch.autograd.grad(mapped, (x, weight, bias), outer)))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    few = x.detach()[500:517].requires_grad_()
+    assert few.numel() * len(weight) >= ENOUGH
+    assert torch.equal(linear(few, weight, bias), found[0][0][500:517])
 
 
 def test_its_operations_are_counted():

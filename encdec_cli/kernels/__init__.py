@@ -1,4 +1,4 @@
-"""Inner loops of decoding in C, for CPUs; `build` compiles them.
+"""Inner loops of decoding, and of training between its products, in C, for CPUs; `build` compiles them.
 
 Where there is no compiler, or it fails, every function here is left aside by its callers, which then do the same with
 torch's operators in two to four times the time.
@@ -43,8 +43,17 @@ def usable(*tensors: Tensor) -> bool:
 
     But for `attend`, tensors must be contiguous, which is not asked here.
     """
+    return not torch.is_grad_enabled() and _known(tensors)
+
+
+def learnable(*tensors: Tensor) -> bool:
+    """Return whether functions that have gradients take these tensors: on a CPU, of one type, contiguous."""
+    return _known(tensors) and all(one.is_contiguous() for one in tensors) and not torch.compiler.is_compiling()
+
+
+def _known(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
-    if first.device.type != "cpu" or torch.is_grad_enabled() or first.dtype not in _TYPES:
+    if first.device.type != "cpu" or first.dtype not in _TYPES:
         return False
     for one in tensors:
         if type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu":

@@ -7,7 +7,6 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#define LANES 16
 #define MOST_ROWS 12
 #define ROWS(vectors) (24 / vectors < MOST_ROWS ? 24 / vectors : MOST_ROWS) /* what fits into AVX-512's registers */
 #define UNROLL _Pragma("GCC unroll 16")
@@ -62,15 +61,6 @@ INLINE void write_rows(const float *from, int64_t count, int64_t width, float by
         }
 }
 
-#define SWAP(step, low, high) \
-    for (int i = 0; i < LANES; i++) \
-        if (!(i & step)) { \
-            floats x = r[i], y = r[i + step]; \
-            r[i] = MERGE(x, y, low); \
-            r[i + step] = MERGE(x, y, high); \
-        }
-#define LIST(...) __VA_ARGS__
-
 /* To `to` [width, padded(count)] what stands in rows [count, width], with zeros after the last. */
 static void turn(const float *rows, int64_t count, int64_t width, float *to) {
     int64_t length = padded(count);
@@ -81,14 +71,7 @@ static void turn(const float *rows, int64_t count, int64_t width, float *to) {
                 r[i] = all(0);
                 if (first + i < count) memcpy(&r[i], rows + (first + i) * width + place, sizeof r[i]);
             }
-            SWAP(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-                 LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-            SWAP(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-                 LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-            SWAP(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-                 LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-            SWAP(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-                 LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+            turn_block(r);
             for (int64_t i = 0; i < LANES; i++) memcpy(to + (place + i) * length + first, &r[i], sizeof r[i]);
         }
 }

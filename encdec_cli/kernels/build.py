@@ -74,13 +74,21 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         "scan": [pointer, number, number, pointer, pointer, pointer, number],
         "candidates": [pointer] * 4 + [number] * 4 + [pointer] * 3,
         "product": [pointer, number, pointer, pointer, pointer, number, number, flag],
+        "map_rows": [pointer, number, *[pointer] * 4, number, number, flag],
+        "map_columns": [pointer, number, number, *[pointer] * 5, number, number],
         "decoder_layer": [pointer, pointer],
         "encoder_layer": [pointer, pointer],
         "norm": [pointer, number, number, pointer, pointer, ctypes.c_float, flag, pointer],
         "attend": [pointer] * 6,
+        "norm_gradient": [pointer, pointer, number, number, pointer, ctypes.c_float, flag, number, pointer, pointer],
+        "add_blocks": [pointer, number, number, pointer],
+        "dropout": [*[pointer] * 3, number, number, ctypes.c_float, ctypes.c_int32, pointer],
+        "agreement": [pointer, number, number, pointer, pointer, *[ctypes.c_float] * 3, pointer, pointer],
+        "cross_entropy": [pointer, number, number, *[pointer] * 3, *[ctypes.c_float] * 2, pointer, pointer],
     }.items():
         one = getattr(found, name)
         one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]
+    found.draw.argtypes, found.draw.restype = [pointer, pointer, number], None
     found.has_product.argtypes, found.has_product.restype = [number], flag
     found.attend_in_training.argtypes = [pointer, number, number, flag]
     found.attend_in_training.restype = flag

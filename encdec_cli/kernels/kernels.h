@@ -31,6 +31,17 @@ int has_product(int64_t kind);
 void product(const void *x, int64_t rows, const struct matrix *m, const void *added, void *out, int64_t first,
              int64_t last, int relu, int bf16);
 
+/* The same of a matrix that is packed here, for some panels, into m->weights (and m->bias): from weight [outputs,
+ * inputs], or (`turned`) from [inputs, outputs]. Of bfloat16 the inputs are even. */
+void map_rows(const void *x, int64_t rows, const void *weight, const void *bias, void *out, const struct matrix *m,
+              int64_t first, int64_t last, int turned, int bf16);
+
+/* To out [width, outputs] the product of a [rows, width], turned, and x [rows, outputs], for some panels of outputs; the
+ * columns of a are added to sums [width rounded up to 96]. x is packed in m->weights, m->depth words of 4 bytes at a
+ * time, between which unfinished sums are kept [width, panels x PANEL]. */
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+                 const struct matrix *m, int64_t first, int64_t last, int bf16);
+
 void norm(const void *x, int64_t rows, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
           void *out, int bf16);
 void attend(const void *query, const void *keys, const void *values, const void *bias, void *out,

@@ -14,7 +14,7 @@ from encdec_cli.kernels.build import PANEL, function, library
 
 SHARED_OUT = 1 << 24
 """From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
 
 
@@ -54,7 +54,7 @@ class Matrix:
         self._kept = kept
         places = {name: tensor.data_ptr() for name, tensor in kept.items()}
         sizes = {"depth": depth, "outputs": self.outputs, "panels": self.panels}
-        self.struct = Struct(kind=_KINDS[weight.dtype], **sizes, **places)
+        self.struct = Struct(kind=KINDS[weight.dtype], **sizes, **places)
         """What the C functions read."""
         self._place = ctypes.addressof(self.struct)
 
@@ -83,9 +83,9 @@ class Matrix:
 def can_pack(dtype: torch.dtype, inputs: int) -> bool:
     """Return whether this machine multiplies by a `Matrix` of this type with so many inputs."""
     found = library()
-    if found is None or dtype not in _KINDS:
+    if found is None or dtype not in KINDS:
         return False
-    return inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(_KINDS[dtype]))
+    return inputs % _DIVISORS[dtype] == 0 and bool(found.has_product(KINDS[dtype]))
 
 
 def shares(count: int, multiplications: int) -> list[tuple[int, int]]:

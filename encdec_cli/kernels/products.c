@@ -80,21 +80,17 @@ INLINE __m256i rounded(floats x) {
 #define IN_REGISTER(x) __asm__("" : "+v"(x))
 #define UNROLL _Pragma("GCC unroll 8")
 
-/* rows x PANEL numbers of the product, from x [rows, depth] and one panel of the matrix. */
-INLINE void tile(const int32_t *x, const float *scales, const struct matrix *m, int64_t panel, const void *added,
-                 void *out, int relu, int bf16, int kind, int rows) {
-    const ints *weights = (const ints *)m->weights + panel * m->depth * VECTORS;
-    ints sum[ROWS][VECTORS];
-    for (int r = 0; r < rows; r++)
-        for (int v = 0; v < VECTORS; v++) sum[r][v] = (ints){0};
-    for (int64_t k = 0; k < m->depth; k++, weights += VECTORS) {
+/* Add to sums what words of some rows, `apart` from row to row and `between` within one, make with a panel's weights. */
+INLINE void add_products(ints sum[ROWS][VECTORS], const int32_t *x, int64_t apart, int64_t between, const ints *weights,
+                         int64_t depth, int kind, int rows) {
+    for (int64_t k = 0; k < depth; k++, weights += VECTORS) {
         ints w[VECTORS];
         UNROLL for (int v = 0; v < VECTORS; v++) {
             memcpy(&w[v], weights + v, sizeof w[v]);
             IN_REGISTER(w[v]);
         }
         UNROLL for (int r = 0; r < rows; r++) {
-            ints row = x[r * m->depth + k] - (ints){0};
+            ints row = x[r * apart + k * between] - (ints){0};
             IN_REGISTER(row);
             UNROLL for (int v = 0; v < VECTORS; v++) {
                 sum[r][v] = add_product(sum[r][v], row, w[v], kind);
@@ -102,9 +98,20 @@ INLINE void tile(const int32_t *x, const float *scales, const struct matrix *m, 
             }
         }
     }
+}
+
+INLINE __mmask16 mask_of(int64_t left) { return left >= LANES ? 0xffff : left <= 0 ? 0 : (1 << left) - 1; }
+
+/* rows x PANEL numbers of the product, from x [rows, depth] and one panel of the matrix. */
+INLINE void tile(const int32_t *x, const float *scales, const struct matrix *m, int64_t panel, const void *added,
+                 void *out, int relu, int bf16, int kind, int rows) {
+    ints sum[ROWS][VECTORS];
+    for (int r = 0; r < rows; r++)
+        for (int v = 0; v < VECTORS; v++) sum[r][v] = (ints){0};
+    add_products(sum, x, m->depth, 1, (const ints *)m->weights + panel * m->depth * VECTORS, m->depth, kind, rows);
     UNROLL for (int v = 0; v < VECTORS; v++) {
         int64_t place = panel * PANEL + v * 16, left = m->outputs - place;
-        __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (1 << left) - 1;
+        __mmask16 mask = mask_of(left);
         floats bias = all(0), by = all(0);
         ints offset = {0};
         if (m->bias) memcpy(&bias, m->bias + place, sizeof bias);
@@ -164,7 +171,150 @@ void product(const void *x, int64_t rows, const struct matrix *m, const void *ad
     else if (m->kind == BFLOATS) multiply(x, rows, m, added, out, first, last, relu, 1, BFLOATS);
     else BY_TYPE(multiply_levels, x, rows, m, added, out, first, last, relu);
 }
+
+/* Two rows of bfloat16 as words, the second above the first, or one of float; what is masked, or no row, is 0. */
+INLINE words pair_of_rows(const void *row, int64_t width, int64_t left, int second, int bf16) {
+    __mmask16 mask = mask_of(left);
+    if (!bf16) return (words)_mm512_maskz_loadu_ps(mask, row);
+    words x = __builtin_convertvector((shorts)_mm256_maskz_loadu_epi16(mask, row), words);
+    if (!second) return x;
+    const void *next = at(row, width, bf16);
+    return x | (__builtin_convertvector((shorts)_mm256_maskz_loadu_epi16(mask, next), words) << 16);
+}
+
+/* Pack panels of a matrix given as rows [inputs, outputs], each an input. */
+INLINE void pack_inputs(const void *from, const struct matrix *m, int64_t inputs, int64_t first, int64_t last, int bf16) {
+    int64_t each = bf16 ? 2 : 1;
+    for (int64_t k = 0; k * each < inputs; k++)
+        for (int64_t v = first * VECTORS; v < last * VECTORS; v++) {
+            const void *row = at(from, each * k * m->outputs + v * LANES, bf16);
+            words x = pair_of_rows(row, m->outputs, m->outputs - v * LANES, 2 * k + 1 < inputs, bf16);
+            memcpy((words *)m->weights + (v / VECTORS * m->depth + k) * VECTORS + v % VECTORS, &x, sizeof x);
+        }
+}
+
+/* The same of one given as [outputs, inputs]: words are turned, 16 by 16. */
+static void pack_outputs(const void *from, const struct matrix *m, int64_t first, int64_t last) {
+    for (int64_t panel = first; panel < last; panel++)
+        for (int64_t k = 0; k < m->depth; k += LANES)
+            for (int64_t v = 0; v < VECTORS; v++) {
+                floats r[LANES];
+                int64_t place = panel * PANEL + v * LANES;
+                for (int64_t i = 0; i < LANES; i++) {
+                    const float *row = (const float *)from + (place + i) * m->depth + k;
+                    r[i] = place + i < m->outputs ? (floats)_mm512_maskz_loadu_ps(mask_of(m->depth - k), row) : all(0);
+                }
+                turn_block(r);
+                floats *to = (floats *)m->weights + (panel * m->depth + k) * VECTORS + v;
+                for (int64_t i = 0; i < LANES && k + i < m->depth; i++) memcpy(to + i * VECTORS, &r[i], sizeof r[i]);
+            }
+}
+
+void map_rows(const void *x, int64_t rows, const void *weight, const void *bias, void *out, const struct matrix *m,
+              int64_t first, int64_t last, int turned, int bf16) {
+    if (turned) BY_TYPE(pack_inputs, weight, m, m->depth * (bf16 ? 2 : 1), first, last);
+    else pack_outputs(weight, m, first, last);
+    for (int64_t i = first * PANEL; bias && i < last * PANEL; i++)
+        ((float *)m->bias)[i] = i < m->outputs ? read_one(bias, i, bf16) : 0;
+    if (bf16) multiply(x, rows, m, 0, out, first, last, 0, 1, BFLOATS);
+    else multiply(x, rows, m, 0, out, first, last, 0, 0, FLOATS);
+}
+
+#define COLUMNS (ROWS * LANES) /* that are turned together */
+#define AHEAD 16 /* rows, or pairs of them, that are asked for before they are read */
+#define MORE 1                 /* a row of each block is written past its end */
+
+/* To `to` [LANES, depth + MORE, ROWS] words of COLUMNS columns of x [rows, width], in the order in which tiles read
+ * them; and to sums their sums, added to what is there. */
+INLINE void gather(const void *x, int64_t rows, int64_t width, int64_t start, int64_t depth, int32_t *to, float *sums,
+                   int bf16) {
+    floats sum[ROWS];
+    UNROLL for (int v = 0; v < ROWS; v++) memcpy(&sum[v], sums + v * LANES, sizeof sum[v]);
+    for (int64_t k = 0; k < (bf16 ? (rows + 1) / 2 : rows); k++) {
+        words w[ROWS + 1];
+        /* Rows are far apart: each is a page, and lines, that nobody else asks for in time. */
+        for (int64_t row = 0; row < (bf16 ? 2 : 1); row++)
+            for (int64_t line = 0; line < COLUMNS; line += bf16 ? 32 : 16)
+                __builtin_prefetch(at(x, ((bf16 ? 2 : 1) * (k + AHEAD) + row) * width + start + line, bf16));
+        UNROLL for (int v = 0; v < ROWS; v++) {
+            int64_t place = start + v * LANES;
+            const void *row = at(x, (bf16 ? 2 : 1) * k * width + place, bf16);
+            w[v] = pair_of_rows(row, width, width - place, 2 * k + 1 < rows, bf16);
+            if (bf16) {
+                sum[v] += (floats)(w[v] << 16);
+                sum[v] += (floats)(w[v] & 0xffff0000u);
+            } else {
+                sum[v] += (floats)w[v];
+            }
+        }
+        w[ROWS] = w[ROWS - 1];
+        UNROLL for (int b = 0; b < LANES; b++) {
+            int64_t begin = b * ROWS % LANES;
+            ints which = (ints){0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)begin;
+            words *both = w + b * ROWS / LANES;
+            __m512i block = _mm512_permutex2var_epi32((__m512i)both[0], (__m512i)which, (__m512i)both[1]);
+            _mm256_storeu_si256((void *)(to + (b * (depth + MORE) + k) * ROWS), _mm512_castsi512_si256(block));
+        }
+    }
+    UNROLL for (int v = 0; v < ROWS; v++) memcpy(sums + v * LANES, &sum[v], sizeof sum[v]);
+}
+
+/* A tile of the product of gathered columns: it goes on from `kept` unless it is the first, and back, or out at last. */
+INLINE void tile_of_columns(const int32_t *x, const struct matrix *m, int64_t panel, int64_t depth, float *kept,
+                            void *out, int begins, int ends, int bf16, int rows) {
+    ints sum[ROWS][VECTORS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            sum[r][v] = (ints){0};
+            if (!begins) memcpy(&sum[r][v], kept + r * m->panels * PANEL + v * LANES, sizeof sum[r][v]);
+        }
+    const ints *weights = (const ints *)m->weights + panel * m->depth * VECTORS;
+    add_products(sum, x, 1, ROWS, weights, depth, bf16 ? BFLOATS : FLOATS, rows);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < VECTORS; v++) {
+            int64_t place = panel * PANEL + v * LANES;
+            void *to = (void *)at(out, r * m->outputs + place, bf16);
+            if (!ends) memcpy(kept + r * m->panels * PANEL + v * LANES, &sum[r][v], sizeof sum[r][v]);
+            else if (bf16) _mm256_mask_storeu_epi16(to, mask_of(m->outputs - place), rounded((floats)sum[r][v]));
+            else _mm512_mask_storeu_ps(to, mask_of(m->outputs - place), (__m512)sum[r][v]);
+        }
+}
+
+#define COLUMN_CASE(n) \
+    case n: tile_of_columns(words, m, panel, depth, sum, to, start == 0, end == rows, bf16, n); break;
+
+INLINE void columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+                    const struct matrix *m, int64_t first, int64_t last, int bf16) {
+    int64_t each = bf16 ? 2 : 1;
+    int32_t gathered[COLUMNS * (m->depth + MORE)];
+    for (int64_t start = 0, end; start < rows; start = end) {
+        end = start + m->depth * each < rows ? start + m->depth * each : rows;
+        int64_t depth = (end - start + each - 1) / each;
+        pack_inputs(at(x, start * m->outputs, bf16), m, end - start, first, last, bf16);
+        for (int64_t block = 0; block < width; block += COLUMNS) {
+            gather(at(a, start * width, bf16), end - start, width, block, m->depth, gathered, sums + block, bf16);
+            for (int64_t panel = first; panel < last; panel++)
+                for (int64_t place = block; place < block + COLUMNS && place < width; place += ROWS) {
+                    const int32_t *words = gathered + (place - block) * (m->depth + MORE);
+                    float *sum = kept + (place * m->panels + panel) * PANEL;
+                    void *to = (void *)at(out, place * m->outputs, bf16);
+                    switch (width - place > ROWS ? ROWS : width - place) {
+                        COLUMN_CASE(1) COLUMN_CASE(2) COLUMN_CASE(3) COLUMN_CASE(4) COLUMN_CASE(5) COLUMN_CASE(6)
+                    }
+                }
+        }
+    }
+}
+
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+                 const struct matrix *m, int64_t first, int64_t last, int bf16) {
+    BY_TYPE(columns, a, rows, width, x, out, sums, kept, m, first, last);
+}
 #else
+void map_rows(const void *x, int64_t rows, const void *weight, const void *bias, void *out, const struct matrix *m,
+              int64_t first, int64_t last, int turned, int bf16) {}
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+                 const struct matrix *m, int64_t first, int64_t last, int bf16) {}
 void product(const void *x, int64_t rows, const struct matrix *m, const void *added, void *out, int64_t first,
              int64_t last, int relu, int bf16) {}
 #endif

@@ -1,42 +1,30 @@
 /* Norms and attention, row by row. */
 #include "kernels.h"
-#include "vectors.h"
+#include "norms.h"
 
-INLINE void norm_row(const void *row, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
-                     void *out, int bf16) {
-    floats sum = all(0), squares = all(0);
-    for (int64_t i = 0; centred && i < width; i += 32) {
-        pair x = read_pair(row, i, bf16);
-        sum += x.a + x.b;
-    }
-    float mean = sum_of(sum) / width;
-    for (int64_t i = 0; i < width; i += 32) {
-        pair x = read_pair(row, i, bf16);
-        x.a -= mean;
-        x.b -= mean;
-        squares += x.a * x.a + x.b * x.b;
-    }
-    float by = 1 / sqrtf(sum_of(squares) / width + epsilon);
-    for (int64_t i = 0; i < width; i += 32) {
-        pair x = read_pair(row, i, bf16), w = read_pair(weight, i, bf16);
-        x.a = (x.a - mean) * by * w.a;
-        x.b = (x.b - mean) * by * w.b;
-        if (bias) {
-            pair y = read_pair(bias, i, bf16);
-            x.a += y.a;
-            x.b += y.b;
+INLINE void norm_rows(const void *x, int64_t row, int64_t rows, int64_t width, const void *weight, const void *bias,
+                      float epsilon, int centred, void *out, int count, int bf16) {
+    struct some f = some_rows(x, row, rows, width, count, bf16);
+    float mean[4], by[4];
+    moments(&f, width, epsilon, centred, mean, by, count, bf16);
+    for (int64_t n = 0; n < count && row + n < rows; n++)
+        for (int64_t i = 0; i < width; i += 32) {
+            pair y = centred_pair(f.rows[n], i, mean[n], bf16), w = read_pair(weight, i, bf16);
+            y.a = y.a * by[n] * w.a;
+            y.b = y.b * by[n] * w.b;
+            if (bias) y = add(y, read_pair(bias, i, bf16));
+            write_pair(out, (row + n) * width + i, y, bf16);
         }
-        write_pair(out, i, x, bf16);
-    }
 }
 
-/* To out [rows, width] the rows of x less their mean (if centred), over their root mean square, times weight [width],
- * and bias [width], if it is not NULL, added. */
+/* To out [rows, width] the rows of x less their mean (if centred), over their root mean square, times
+ * weight [width], and bias [width], if it is not NULL, added. */
 void norm(const void *x, int64_t rows, int64_t width, const void *weight, const void *bias, float epsilon, int centred,
           void *out, int bf16) {
-    for (int64_t row = 0; row < rows; row++)
-        BY_TYPE(norm_row, at(x, row * width, bf16), width, weight, bias, epsilon, centred,
-                (void *)at(out, row * width, bf16));
+    int is_short = width * (bf16 ? 2 : 4) <= SHORT;
+    for (int64_t row = 0; row < rows; row += is_short ? 4 : 1)
+        if (is_short) BY_TYPE(norm_rows, x, row, rows, width, weight, bias, epsilon, centred, out, 4);
+        else BY_TYPE(norm_rows, x, row, rows, width, weight, bias, epsilon, centred, out, 1);
 }
 
 /* Mix the values of a head by its weights for one query. seen, extra: [count] keys and what to add to their scores. */

@@ -29,6 +29,8 @@ typedef struct {
     floats a, b;
 } pair;
 
+INLINE pair add(pair x, pair y) { return (pair){x.a + y.a, x.b + y.b}; }
+
 INLINE const void *at(const void *from, int64_t place, int bf16) {
     return (const char *)from + place * (bf16 ? 2 : 4);
 }
@@ -145,3 +147,25 @@ INLINE floats exponential(floats x) {
 
 /* 0, but NaN of what is NaN or infinity, which comparisons and the exponential would hide; -infinity is a ban. */
 INLINE floats nothing(floats x) { return (floats)((ints)(x - x) & ~(x == all(-INFINITY))); }
+
+#define LANES 16
+#define LIST(...) __VA_ARGS__
+#define SWAP(step, low, high) \
+    for (int i = 0; i < LANES; i++) \
+        if (!(i & step)) { \
+            floats x = r[i], y = r[i + step]; \
+            r[i] = MERGE(x, y, low); \
+            r[i + step] = MERGE(x, y, high); \
+        }
+
+/* 16 rows of 16 numbers become its columns. */
+INLINE void turn_block(floats *r) {
+    SWAP(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+         LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+    SWAP(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+         LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+    SWAP(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+         LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+    SWAP(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+         LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+}

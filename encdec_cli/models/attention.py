@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from encdec_cli import kernels
 from encdec_cli.kernels import attention as training
-from encdec_cli.models.dropout import apart
-from encdec_cli.models.dropout import dropout as drop
+from encdec_cli.models.dropout import apart, dropout_of_part
 from encdec_cli.models.heads import split_heads
 from encdec_cli.models.linear import Linear
 from encdec_cli.models.parts import ColumnParallelLinear, Part, RowParallelLinear
@@ -79,7 +78,7 @@ def _by_torch(
 ) -> Tensor:
     if _by_matmul(query, key, value, dropout):
         weights = _weights(query, key, _with_causal(query, key, mask, causal))
-        return drop(weights, dropout, part, 1) @ value
+        return dropout_of_part(weights, dropout, part, 1) @ value
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
         mask, causal = _with_causal(query, key, mask, causal), False
     with apart(part, query.device):

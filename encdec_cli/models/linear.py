@@ -9,8 +9,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from encdec_cli.kernels.linear import can_map, operators
+
 MUCH = 1 << 22
 """From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs about a ms."""
+ENOUGH = 1 << 20
+"""From this many on our own products are used in training."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -18,36 +22,45 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # Measured with one thread on Zen 5, 640 rows, ms by torch / by oneDNN: 256 x 256 in fp32 0.87 / 0.38, in bf16
     # 0.19 / 0.19; 256 x 1024 3.6 / 1.6 and 0.81 / 0.81; 256 x 8000 28 / 13 and 8.2 / 6.2. For fp32 torch calls MKL,
     # which does not use the wide registers of processors of another maker.
-    if x.device.type != "cpu" or _ONEDNN is None or not _is_large(x, weight):
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler makes products of its own
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
+    much = x.numel() * len(weight)
+    if torch.is_grad_enabled():
+        ours = much >= ENOUGH and can_map(x, weight)
+        if ours or (much >= MUCH and x.dtype == torch.float32 and _ONEDNN is not None):
+            mapped: Tensor = _Linear.apply(x, weight, bias, ours)  # type: ignore[no-untyped-call]
+            return mapped
+    elif much >= MUCH and x.dtype in _TYPES and _ONEDNN is not None:
         return _product(x, weight, bias)
-    if x.dtype != torch.float32 or torch.compiler.is_compiling():  # the compiler makes products of its own
-        return F.linear(x, weight, bias)
-    mapped: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return mapped
+    return F.linear(x, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
-    """The same with its gradients: each is a product that oneDNN computes as another linear map."""
+    """The same with its gradients, by products of our own or, each as another linear map, of oneDNN."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        by_x, by_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, ours: bool) -> Tensor:
+        by_x, by_weight, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if by_weight else None, weight if by_x else None)
-        return _product(x, weight, bias)
+        ctx.ours = ours
+        mapped: Tensor = operators().linear(x, weight, bias) if ours else _product(x, weight, bias)
+        return mapped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        outer_flat = outer.reshape(-1, outer.shape[-1])
-        by_x, by_weight, by_bias = ctx.needs_input_grad
-        return (
-            _product(outer, weight.t()) if by_x else None,
-            _transposed_product(outer_flat, x.reshape(-1, x.shape[-1])) if by_weight else None,
-            outer_flat.sum(0) if by_bias else None,
-        )
+        by_x, by_weight, by_bias, _ = ctx.needs_input_grad
+        of_x = of_weight = of_bias = None
+        if by_x:
+            of_x = operators().linear_by_input(outer, weight) if ctx.ours else _product(outer, weight.t())
+        if ctx.ours and by_weight:
+            of_weight, of_bias = operators().linear_by_weight(outer, x)
+        elif by_weight:
+            of_weight = _transposed_product(outer.flatten(0, -2), x.flatten(0, -2))
+        if by_bias and of_bias is None:
+            of_bias = outer.flatten(0, -2).sum(0)
+        return of_x, of_weight, of_bias if by_bias else None, None
 
 
 def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
@@ -61,10 +74,6 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
     return product
-
-
-def _is_large(x: Tensor, weight: Tensor) -> bool:
-    return x.dtype in _TYPES and x.numel() * len(weight) >= MUCH
 
 
 def _onednn() -> Any:

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from encdec_cli import kernels
+from encdec_cli.kernels.losses import cross_entropy
 from encdec_cli.text.vocabulary import PAD
 
 Project = Callable[[Tensor], Tensor]
@@ -45,7 +47,9 @@ class Criterion(Protocol):
     """Rows that must be seen together: a chunk holds a multiple of them."""
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
-        """Return the summed loss of some rows, a scalar, and `weight` times its gradient by their logits, both fp32.
+        """Return the summed loss of some rows, an fp32 scalar, and `weight` times its gradient by their logits.
+
+        The gradient is fp32 or of the type of the logits.
 
         Args:
             logits: [n, vocab]; must not be changed.
@@ -73,13 +77,21 @@ class CrossEntropy:
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
-        scale = None if self.scale is None else self.scale[rows].unsqueeze(1)
+        scale = None if self.scale is None else self.scale[rows]
+        if self.by_kernel(logits):
+            return cross_entropy(logits, self.target[rows], self.smoothing, self.prior, scale, weight)
+        scale = None if scale is None else scale.unsqueeze(1)
         wanted = self.target[rows].unsqueeze(1)
         if self.compiled and len(logits) > 1:
             # One row, a part of a larger tensor and a number that is new in each update would be programs of their own.
             factor = torch.full((), weight, device=logits.device)
             return _compiled()(logits, wanted.clone(), self.smoothing, self.prior, scale, factor)
         return _smoothed(logits, wanted, self.smoothing, self.prior, scale, weight)
+
+    def by_kernel(self, logits: Tensor) -> bool:
+        """Return whether all is one call of a kernel."""
+        # Measured with one thread on Zen 5, 4 million logits of 4,000 tokens: 2.0 ms in bf16 and fp32, by torch 6.6.
+        return not self.compiled and kernels.usable(logits) and logits.is_contiguous()
 
     def parts(self, logits: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return unscaled losses [n, 1], exp(logits - their maximum) [n, vocab] and its row sums [n, 1], all fp32."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from encdec_cli.bundle.bundle import Bundle
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
+from encdec_cli.kernels.losses import agreement
 from encdec_cli.models.model import Model
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
@@ -90,9 +91,13 @@ class Agreement:
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
+        base = self.base
+        if isinstance(base, loss.CrossEntropy) and base.by_kernel(logits) and base.scale is None:
+            return agreement(logits, base.target[rows], base.smoothing, base.prior, self.weight / 4, weight)
+        logits = logits.float()  # and so is the gradient, to which more is added
         total, gradient = self.base(logits, rows, weight / 2)
         shape, share = (-1, 2, logits.shape[1]), weight * self.weight / 4
-        chances = logits.float().log_softmax(1).view(shape)
+        chances = logits.log_softmax(1).view(shape)
         ratio = chances[:, 0] - chances[:, 1]
         p, q = chances.exp_().unbind(1)  # in place, here and below: what is freed and taken anew costs more
         forth, back = (sign * torch.einsum("nv,nv->n", one, ratio)[:, None] for sign, one in ((1, p), (-1, q)))

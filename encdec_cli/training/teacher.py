@@ -66,10 +66,11 @@ class Divergence:
 
     def __call__(self, logits: Tensor, rows: slice, weight: float) -> tuple[Tensor, Tensor]:
         """Return loss and gradient; see `Criterion`."""
+        logits = logits.float()  # and so is the gradient, to which more is added
         total, gradient = self.base(logits, rows, weight * (1 - self.weight))
         with torch.no_grad():
             wanted = self.project(self.hidden[rows]).float().div(self.temperature).log_softmax(1)
-        found = logits.float().div(self.temperature).log_softmax(1)
+        found = logits.div(self.temperature).log_softmax(1)
         chances = wanted.exp()
         divergence = (chances * (wanted - found)).sum() * self.temperature**2
         # By the logits: T² times softmax minus the teacher's, over T.

@@ -1,0 +1,112 @@
+"""Linear maps in training on a CPU, and their gradients: products with matrices that are packed on the way.
+
+Unlike oneDNN's, which are made anew for every new number of rows and kept, they are the same for all shapes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from encdec_cli.kernels.build import PANEL, function
+from encdec_cli.kernels.matrix import KINDS, Struct, can_pack, shares, together
+
+_DEPTH = 512
+"""Rows, or in bf16 pairs of rows, of what a gradient is made from that stay in the cache."""
+_COLUMNS = 96
+"""COLUMNS of `products.c`."""
+
+
+def can_map(x: Tensor, weight: Tensor) -> bool:
+    """Return whether the operators take x [..., inputs] and weight [outputs, inputs]."""
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return can_pack(x.dtype, weight.shape[1]) and can_pack(x.dtype, weight.shape[0])
+
+
+def operators() -> Any:
+    """Return the operators of torch that map and differentiate.
+
+    `linear(x, weight, bias)` maps x [..., inputs] by weight [outputs, inputs]; of its output's gradient `outer` [...,
+    outputs], `linear_by_input(outer, weight)` makes that of x, and `linear_by_weight(outer, x)` those of weight and
+    bias.
+    """
+    _registered()
+    return torch.ops.encdec
+
+
+@cache
+def _registered() -> Any:
+    """Let torch know them as operators, so that whoever counts or profiles what torch does sees them."""
+    ours: Any = torch.library.Library("encdec", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for schema, work, flops in (
+        ("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _flops),
+        ("linear_by_input(Tensor outer, Tensor weight) -> Tensor", _by_input, _flops),
+        ("linear_by_weight(Tensor outer, Tensor x) -> (Tensor, Tensor)", _by_weight, _flops_by_weight),
+    ):
+        name = schema.split("(")[0]
+        ours.define(schema)
+        ours.impl(name, work, "CPU")
+        register_flop_formula(getattr(torch.ops.encdec, name))(flops)
+    return ours
+
+
+def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(x) * math.prod(weight) // x[-1]
+
+
+def _flops_by_weight(outer: Sequence[int], x: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * math.prod(outer) * x[-1]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _by_rows(x, weight, bias, turned=False)
+
+
+def _by_input(outer: Tensor, weight: Tensor) -> Tensor:
+    return _by_rows(outer, weight, None, turned=True)
+
+
+def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Tensor:
+    """Return x [..., inputs] times a matrix, given as [outputs, inputs] or (`turned`) as [inputs, outputs]."""
+    x, weight = x.contiguous(), weight.contiguous()
+    inputs, outputs = weight.shape if turned else (weight.shape[1], weight.shape[0])
+    out, rows = x.new_empty((*x.shape[:-1], outputs)), x.numel() // inputs
+    matrix, _kept = _room(x.dtype, inputs, outputs, bias is not None)
+    places = (x.data_ptr(), rows, weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr())
+    call, bf16 = partial(function("map_rows"), *places, ctypes.addressof(matrix)), x.dtype == torch.bfloat16
+    together([partial(call, *part, turned, bf16) for part in shares(matrix.panels, rows * weight.numel())])
+    return out
+
+
+def _by_weight(outer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    outer, x = outer.reshape(-1, outer.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
+    (rows, width), outputs, bf16 = outer.shape, x.shape[1], x.dtype == torch.bfloat16
+    at_once = _DEPTH * 4 // x.itemsize
+    matrix, _kept = _room(x.dtype, min(rows, at_once), outputs, False)
+    kept = torch.empty(width * matrix.panels * PANEL if rows > at_once else 0, dtype=torch.float32)
+    parts = shares(matrix.panels, rows * width * outputs)
+    sums = torch.zeros((len(parts), -(-width // _COLUMNS) * _COLUMNS), dtype=torch.float32)
+    out = x.new_empty((width, outputs))
+    given = (outer.data_ptr(), rows, width, x.data_ptr(), out.data_ptr())
+    call, place = function("map_columns"), ctypes.addressof(matrix)
+    to = [(own.data_ptr(), kept.data_ptr(), place, *part) for own, part in zip(sums, parts, strict=True)]
+    together([partial(call, *given, *each, bf16) for each in to])
+    return out, sums[0, :width].to(x.dtype)
+
+
+def _room(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> tuple[Struct, list[Tensor]]:
+    """Return a matrix that is still to be packed, and the memory for it."""
+    panels, depth = -(-outputs // PANEL), -(-inputs * dtype.itemsize // 4)
+    kept = [torch.empty(panels * depth * PANEL, dtype=torch.int32)]
+    if bias:
+        kept.append(torch.empty(panels * PANEL, dtype=torch.float32))
+    places = dict(zip(("weights", "bias"), (one.data_ptr() for one in kept), strict=False))
+    return Struct(kind=KINDS[dtype], depth=depth, outputs=outputs, panels=panels, **places), kept
