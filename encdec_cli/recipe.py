@@ -208,6 +208,8 @@ class Parallel:
 
     shard: bool = False
     """Keep a share of weights, gradients and optimizer state in each process, for models that do not fit one device."""
+    tensor: Positive = 1
+    """How many processes share each layer: attention heads, and the inner width of the feed-forward."""
     timeout: Annotated[float, Gt(0)] = 20.0
     """Seconds after which a process that is dead, stopped or late is named and given up by the others."""
 

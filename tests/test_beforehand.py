@@ -18,7 +18,8 @@ def told(folder: Path, *overrides: str, world: int = 1, starts: bool = False) ->
     path = folder / "recipe.yaml"
     path.write_text(RECIPE.format(root=folder / "nowhere"))
     said: list[str] = []
-    check(load(path, overrides), folder / "run", starts, Ranks(0, world), said.append)
+    recipe = load(path, overrides)
+    check(recipe, folder / "run", starts, Ranks(0, world, None, recipe.parallel.tensor), said.append)
     return said
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from encdec_cli.models.dropout import dropout, dropout_of_part
+from encdec_cli.models.parts import Part
 from encdec_cli.training.largest import need
 from encdec_cli.training.machine import add_in_order
 from tests.conftest import copy_task, encdec, start
@@ -34,6 +36,15 @@ def test_compiled_layers_give_the_same_losses(positions, tmp_path):
     plain = losses(copies, tmp_path / "plain", *options, device="cuda")
     compiled = losses(copies, tmp_path / "compiled", *options, "train.compile=true", device="cuda")
     assert compiled == pytest.approx(plain, rel=1e-3)
+
+
+def test_parts_of_a_layer_draw_apart_and_then_on_together():
+    x, draws = torch.ones(1000, device="cuda"), []
+    for place in range(2):
+        torch.manual_seed(1)
+        draws.append((dropout_of_part(x, 0.5, Part(place, 2, id), 0), dropout(x, 0.5)))
+    assert not torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
 
 
 def weights(run: Path) -> str:

@@ -12,19 +12,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from encdec_cli.bundle.tensors import read_rows, to_bytes
 from encdec_cli.data.sampler import Sampler
+from encdec_cli.models.parts import Part, divide
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
 from tests.conftest import copy_task, environment
@@ -248,22 +247,6 @@ def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corp
     assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(0, 20), st.integers(0, 20))
-def test_rows_are_found_in_however_many_files(sizes, one, other):
-    total = torch.arange(sum(sizes) * 2.0).view(-1, 2)
-    begin, end = sorted((min(one, len(total)), min(other, len(total))))
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{number}.safetensors" for number in range(len(sizes))]
-        for number, (path, part) in enumerate(zip(paths, total.split(sizes), strict=True)):
-            once = {"step": torch.tensor(7)} if number == 0 else {}
-            path.write_bytes(to_bytes({"w": part, "all": part.clone()} | once))
-        found = read_rows(paths, {"w": slice(begin, end)})
-    assert torch.equal(found["w"], total[begin:end])
-    assert torch.equal(found["all"], total)
-    assert found["step"] == 7
-
-
 def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():
     spec = importlib.util.spec_from_file_location("cluster", Path(__file__).parent.parent / "docs" / "cluster.py")
     cluster = importlib.util.module_from_spec(spec)
@@ -273,6 +256,9 @@ def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_do
     plan = cluster.Plan("small", 3, 64, 96, 50, 1000, True)
     model = Transformer(Transformer.Config(3, 3, 64, 4, 96), 50, 50)
     assert plan.weights() == sum(parameter.numel() for parameter in model.parameters())
+    part = deepcopy(model)
+    divide(part, Part(0, 2, id))
+    assert replace(plan, tensor=2).own() == sum(parameter.numel() for parameter in part.parameters())
     layer, reader = model.decoder[0], model.decoder[0].cross.joined
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (layer, reader)]
     assert plan.unit() == sizes[0] - sizes[1]

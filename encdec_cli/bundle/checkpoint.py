@@ -14,6 +14,7 @@ from torch import Tensor
 from encdec_cli import atomic
 from encdec_cli.bundle import tensors
 from encdec_cli.errors import BundleError
+from encdec_cli.models.parts import Piece
 
 FORMAT = 1
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
@@ -88,10 +89,12 @@ def saving(folder: Path, checkpoint: Checkpoint) -> Iterator[Path]:
         (temporary / _PROGRESS).write_bytes(atomic.json_bytes(content))
 
 
-def write_part(folder: Path, named: dict[str, Tensor], part: int = 0, parts: int = 1) -> None:
-    """Write the tensors, or a process's rows of them, as one of several files: part after part they are whole."""
+def write_part(
+    folder: Path, named: dict[str, Tensor], part: int = 0, parts: int = 1, pieces: Mapping[str, Piece] | None = None
+) -> None:
+    """Write the tensors, or a process's pieces of them, as one of several files, which together are whole."""
     name = _STATE if parts == 1 else f"state-{part:05d}-of-{parts:05d}.safetensors"
-    content = tensors.to_bytes(named)
+    content = tensors.to_bytes(named, pieces)
     atomic.need_room(folder, len(content))
     with atomic.disk_errors(folder / name):
         (folder / name).write_bytes(content)
@@ -172,21 +175,21 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
     return None
 
 
-def load(folder: Path, step: int, rows: Mapping[str, slice] | None = None) -> Checkpoint:
+def load(folder: Path, step: int, pieces: Mapping[str, Piece] | None = None) -> Checkpoint:
     """Return the checkpoint of an update; see `read`. Raises BundleError that names what is damaged."""
     atomic.verify(folder / step_name(step))
-    return read(folder, step, rows)
+    return read(folder, step, pieces)
 
 
-def read(folder: Path, step: int, rows: Mapping[str, slice] | None = None) -> Checkpoint:
+def read(folder: Path, step: int, pieces: Mapping[str, Piece] | None = None) -> Checkpoint:
     """Return a checkpoint that is whole. Raises BundleError that names the file which cannot be read.
 
-    rows: of which tensors only some rows are wanted; no others are read, however many processes wrote them.
+    pieces: of which tensors only a piece is wanted; nothing else is read of them, however many processes wrote it.
     """
     path = folder / step_name(step)
     progress, facts = _progress(path)
     parts = sorted(path.glob("state*.safetensors"))
-    named = tensors.read_rows(parts, rows) if rows or len(parts) > 1 else tensors.read_tensors(path / _STATE)
+    named = tensors.read_pieces(parts, pieces) if pieces or len(parts) > 1 else tensors.read_tensors(path / _STATE)
     return Checkpoint(progress, named, facts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,13 +14,21 @@ from torch import Tensor
 
 from encdec_cli.data.shard import read_header
 from encdec_cli.errors import BundleError
+from encdec_cli.models.parts import Piece
 
 MAX_TENSORS = 100_000
+_PIECES = "pieces"
 
 
-def to_bytes(tensors: dict[str, Tensor]) -> bytes:
-    """Return the tensors as the bytes of a safetensors file; equal tensors give equal bytes."""
-    return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)})
+def to_bytes(tensors: dict[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> bytes:
+    """Return the tensors as the bytes of a safetensors file; equal tensors give equal bytes.
+
+    pieces: what those tensors are that are pieces of others; it is noted in the file, for `read_pieces`.
+    """
+    noted = {name: (piece.shape, piece.spans) for name, piece in (pieces or {}).items() if name in tensors}
+    # One entry: the library orders several by chance.
+    metadata = {_PIECES: json.dumps(noted, sort_keys=True)} if noted else None
+    return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)}, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -28,27 +37,46 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
 
 
-def read_rows(parts: Sequence[Path], rows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:
-    """Read some rows of tensors whose rows stand one after the other in several files; all of those not in `rows`.
+def read_pieces(parts: Sequence[Path], wanted: Mapping[str, Piece] | None = None) -> dict[str, Tensor]:
+    """Read pieces of tensors of which several files have pieces; all of those not in `wanted`.
 
-    Of a tensor that is wanted in part nothing else comes into memory. Raises BundleError as `read_tensors`.
+    Of a tensor that is wanted in part nothing else comes into memory. Raises BundleError as `read_tensors`, and if the
+    files together lack some of what is wanted.
     """
-    found: dict[str, list[Tensor]] = {}
-    above: dict[str, int] = {}
+    found: dict[str, Tensor] = {}
+    read: dict[str, int] = {}
     for path in parts:
         with _readable(path), safe_open(path, framework="pt") as file:
+            pieces = _pieces_in(file.metadata())
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 part = file.get_slice(name)
-                shape = part.get_shape()
-                wanted = rows.get(name) if rows else None
-                if not shape or wanted is None:
-                    found.setdefault(name, []).append(file.get_tensor(name))
+                own = pieces.get(name, Piece.whole(part.get_shape()))
+                piece = wanted.get(name, Piece.whole(own.shape)) if wanted else Piece.whole(own.shape)
+                if not own.shape:
+                    found[name], read[name] = file.get_tensor(name), 1
                     continue
-                start = above.get(name, 0)
-                above[name] = start + shape[0]
-                begin, end = max(wanted.start - start, 0), min(wanted.stop - start, shape[0])
-                found.setdefault(name, []).append(part[begin : max(begin, end)])
-    return {name: torch.cat(pieces) if len(pieces) > 1 else pieces[0] for name, pieces in found.items()}
+                if name not in found:
+                    found[name], read[name] = part[:0].new_empty(piece.size), 0
+                for here, there in piece.overlaps(own):
+                    numbers = part[here]
+                    found[name][there] = numbers
+                    read[name] += numbers.numel()
+    for name, tensor in found.items():
+        if read[name] != tensor.numel():
+            raise BundleError(f"{parts[0].parent}: the files of '{name}' do not make a whole; it cannot be read.")
+    return found
+
+
+def _pieces_in(metadata: Mapping[str, str] | None) -> dict[str, Piece]:
+    """Return what `to_bytes` has noted in a file. Raises ValueError if that is something else."""
+    try:
+        noted = json.loads((metadata or {}).get(_PIECES, "{}"))
+        return {
+            name: Piece(tuple(shape), tuple(tuple((begin, end) for begin, end in dim) for dim in spans))
+            for name, (shape, spans) in noted.items()
+        }
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"its pieces are noted in another way: {error}") from error
 
 
 @contextmanager

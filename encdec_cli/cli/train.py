@@ -87,7 +87,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     use_threads(recipe.train.threads, shared_cores())
     keep_freed()
     start = Bundle.load(init_from) if init_from else None
-    with joined(device, recipe.parallel.timeout, console.leave) as (ranks, own_device), watched() as stop:
+    with joined(device, recipe.parallel, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
         with locked(run) if ranks.first else _quiet():
             check(recipe, run, start is not None, ranks, say)

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from encdec_cli import kernels
 from encdec_cli.kernels import attention as training
-from encdec_cli.models.dropout import dropout as drop
+from encdec_cli.models.dropout import apart, dropout_of_part
 from encdec_cli.models.heads import split_heads
 from encdec_cli.models.linear import Linear
+from encdec_cli.models.parts import ColumnParallelLinear, Part, RowParallelLinear
 from encdec_cli.models.positions import Rotary
 from encdec_cli.models.softmax import softmax
 
@@ -41,7 +42,13 @@ def mask_bias(mask: Tensor, dtype: torch.dtype, always: bool = False) -> Tensor 
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    part: Part | None = None,
 ) -> Tensor:
     """Return softmax(query key^T / sqrt(head_dim)) value, [rows, heads, queries, head_dim]: the only attention here.
 
@@ -52,6 +59,7 @@ def attend(
         mask: broadcastable to [rows, heads, queries, keys]; True where a query may look, or numbers to be added.
         causal: the last query sees every key, the one before it all but the last, and so on.
         dropout: probability of dropping an attention weight.
+        part: whose heads these are, if processes share them; None if they are all.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = _bias(mask, query.dtype)
@@ -62,15 +70,19 @@ def attend(
             return training.attend(query, key, value, mask, causal)
     elif not dropout and _by_kernel(query, key, value, mask, causal):
         return kernels.attend(query, key, value, mask)
-    return _by_torch(query, key, value, mask, causal, dropout)
+    return _by_torch(query, key, value, mask, causal, dropout, part)
 
 
-def _by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float) -> Tensor:
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, dropout: float, part: Part | None
+) -> Tensor:
     if _by_matmul(query, key, value, dropout):
-        return _matmul_attention(query, key, value, _with_causal(query, key, mask, causal), dropout)
+        weights = _weights(query, key, _with_causal(query, key, mask, causal))
+        return dropout_of_part(weights, dropout, part, 1) @ value
     if causal and (mask is not None or query.shape[2] != key.shape[2]):
         mask, causal = _with_causal(query, key, mask, causal), False
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+    with apart(part, query.device):
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, dropout_p=dropout)
 
 
 def _by_kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool) -> bool:
@@ -108,10 +120,6 @@ def _by_matmul(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> boo
 
 def _is_training(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-
-
-def _matmul_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    return drop(_weights(query, key, mask), dropout) @ value
 
 
 def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -289,6 +297,13 @@ class SelfAttention(nn.Module):
         # Xavier of the joined matrix has the bound that fairseq gives to each of the three.
         self.joined = Linear(dim, 3 * dim, bias)
         self.output = Linear(dim, dim, bias)
+        self.part: Part | None = None
+        """Which of the heads these are, if processes share them."""
+
+    def divide(self, part: Part) -> None:
+        """Keep some of the heads; see `Divisible`."""
+        self.part, self.heads = part, part.of(self.heads, "heads")
+        self.joined, self.output = ColumnParallelLinear(self.joined, part, 3), RowParallelLinear(self.output, part)
 
     def forward(
         self,
@@ -304,7 +319,7 @@ class SelfAttention(nn.Module):
         `ancestry` has been extended by the new positions, and `mask` is what it returned: the rows of a sentence are
         one longer sequence. Returns [rows, new, dim].
         """
-        rows, new, dim = x.shape
+        rows, new, _ = x.shape
         beam, start = (ancestry.beam, ancestry.length - new) if ancestry is not None else (1, 0)
         joined: Tensor = self.joined(x)
         if rotary is None and (beam == 1 or new == 1):
@@ -317,8 +332,8 @@ class SelfAttention(nn.Module):
             key, value = _together(key, beam), _together(value, beam)
         if cache is not None and ancestry is not None:
             key, value = cache.append(key, value, start * beam, ancestry.room * beam)
-        mixed = attend(query, key, value, mask, causal, self.dropout if self.training else 0.0)
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, new, dim))
+        mixed = attend(query, key, value, mask, causal, self.dropout if self.training else 0.0, self.part)
+        output: Tensor = self.output(mixed.transpose(1, 2).reshape(rows, new, -1))
         return output
 
 
@@ -345,6 +360,14 @@ class CrossAttention(nn.Module):
         self.query = Linear(dim, dim, bias, gain=0.5**0.5)
         self.joined = Linear(dim, 2 * dim, bias, gain=0.75**0.5)
         self.output = Linear(dim, dim, bias)
+        self.part: Part | None = None
+        """As of `SelfAttention`."""
+
+    def divide(self, part: Part) -> None:
+        """Keep some of the heads; see `Divisible`."""
+        self.part, self.heads = part, part.of(self.heads, "heads")
+        self.query, self.joined = ColumnParallelLinear(self.query, part), ColumnParallelLinear(self.joined, part, 2)
+        self.output = RowParallelLinear(self.output, part)
 
     def read(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Return the keys and values [sentences, heads, src_len, head_dim] of states [sentences, src_len, dim]."""
@@ -359,8 +382,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """Attend from x [rows, new, dim] to a source; the rows of a sentence are one longer query."""
-        mixed = attend(self._queries(x, keys), keys, values, mask, dropout=self.dropout if self.training else 0.0)
-        output: Tensor = self.output(mixed.transpose(1, 2).reshape(x.shape))
+        dropout = self.dropout if self.training else 0.0
+        mixed = attend(self._queries(x, keys), keys, values, mask, dropout=dropout, part=self.part)
+        output: Tensor = self.output(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
         return output
 
     def weights(self, x: Tensor, keys: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,9 +14,13 @@ from torch.nn import functional as F
 
 from encdec_cli import kernels
 from encdec_cli.kernels.dropout import draw, dropped
+from encdec_cli.models.parts import Part
 
 LANES = 2**15
 """Each element draws 15 random bits: keep probabilities are multiples of 1 / LANES."""
+
+_STREAM = 0x9E3779B97F4A7C1
+"""How far apart the seeds of two parts are on a GPU; those of micro-batches are neighbours."""
 
 _generator: ContextVar[torch.Generator | None] = ContextVar("generator", default=None)
 
@@ -121,13 +125,51 @@ class _Dropout(torch.autograd.Function):
         return inner, None, outer if by_onto else None
 
 
+def dropout_of_part(x: Tensor, p: float, part: Part | None, dim: int) -> Tensor:
+    """Drop elements of one of the equal parts along `dim` that processes share; None: of all.
+
+    On a CPU the draw is that of one process for this part of the whole; on a GPU it is one of its own.
+    """
+    if p == 0 or part is None:
+        return dropout(x, p)
+    if x.device.type != "cpu":
+        with apart(part, x.device):
+            return F.dropout(x, p)
+    size, shape = x.shape[dim], list(x.shape)
+    shape[dim] *= part.places
+    return x * keep_mask(torch.Size(shape), p, x.dtype).narrow(dim, part.place * size, size)
+
+
+@contextmanager
+def apart(part: Part | None, device: torch.device) -> Iterator[None]:
+    """Let a GPU draw other numbers for each part inside the block, and after it go on with the same for all."""
+    if part is None or device.type != "cuda":
+        yield
+        return
+    # Seed and offset, eight bytes each: every part draws as many numbers.
+    before = torch.cuda.get_rng_state(device)
+    own = before.clone()
+    own.view(torch.int64)[0] += part.place * _STREAM % (1 << 62)
+    torch.cuda.set_rng_state(own, device)
+    yield
+    after = torch.cuda.get_rng_state(device)
+    after.view(torch.int64)[0] = before.view(torch.int64)[0]
+    torch.cuda.set_rng_state(after, device)
+
+
 class Dropout(nn.Module):
     """Dropout while training, nothing otherwise."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
+        self.part: Part | None = None
+        """Which of the columns these are, if processes share them."""
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Return `x`, with elements dropped if this module is in training mode, added to `onto` if that is given."""
-        return dropout(x, self.p if self.training else 0.0, onto)
+        p = self.p if self.training else 0.0
+        if self.part is None:
+            return dropout(x, p, onto)
+        found = dropout_of_part(x, p, self.part, -1)
+        return found if onto is None else onto + found

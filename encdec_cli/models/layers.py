@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from encdec_cli.kernels.norms import normalised
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.linear import Linear
+from encdec_cli.models.parts import ColumnParallelLinear, Part, RowParallelLinear
 
 Activation = Literal["relu", "gelu", "swiglu"]
 NormKind = Literal["layer", "rms"]
@@ -59,6 +60,13 @@ class FeedForward(nn.Module):
         self.inner = Linear(dim, 2 * width if activation == "swiglu" else width, bias)
         self.outer = Linear(width, dim, bias)
         self.dropout = Dropout(dropout)
+
+    def divide(self, part: Part) -> None:
+        """Keep some of the inner columns; see `Divisible`."""
+        part.of(self.outer.weight.shape[1], "columns of feed_forward")
+        self.inner = ColumnParallelLinear(self.inner, part, 2 if self.activation == "swiglu" else 1)
+        self.outer = RowParallelLinear(self.outer, part)
+        self.dropout.part = part
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., dim] to [..., dim]."""

@@ -59,6 +59,9 @@ class Model(nn.Module):
     """Whether it has `compile_layers`, which makes training go through torch's compiler, decoding as before."""
     compiled: bool = False
     """Whether that has been called."""
+    can_divide: ClassVar[bool] = False
+    """Whether `parallel.tensor` may share out its layers: those of its modules that are `models.parts.Divisible` become
+    parts of themselves, and all others are computed by every process."""
     checkpointing: bool = False
     """Whether training keeps only what enters a layer and computes the rest a second time; see
     `models.checkpointing`."""

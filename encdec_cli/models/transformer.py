@@ -205,9 +205,7 @@ class Transformer(Model):
     own start normal with standard deviation d_model ** -0.5, the embedding of padding at zero.
     """
 
-    side_by_side = True
-    can_checkpoint = True
-    can_compile = True
+    side_by_side = can_checkpoint = can_compile = can_divide = True
 
     @dataclass
     class Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from encdec_cli.errors import UsageError
 from encdec_cli.models.model import Croppable, Model
+from encdec_cli.models.parts import parts_of
+from encdec_cli.testing.parts import in_parts
 
 SMALL = {
     **dict.fromkeys(("d_model", "hidden", "dim", "width", "embedding", "channels", "feed_forward"), 16),
@@ -249,6 +252,31 @@ def gradients(case: Case) -> None:
     case.model.zero_grad()
 
 
+def dividing(case: Case) -> None:
+    """Where a model's layers can be shared by processes: together these come to its states and its gradients."""
+
+    def learned(model: Model) -> dict[str, Tensor]:
+        hidden: Tensor = model(case.source, case.mask, case.target)
+        torch.autograd.backward(hidden.square().sum())
+        found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        return {"": hidden.detach(), **found}
+
+    if not case.model.can_divide:
+        return
+    whole_model = copy.deepcopy(case.model).float()  # in bf16 sums of two parts differ much from those of one
+    whole_model.zero_grad()
+    try:
+        parts = in_parts(whole_model, 2, learned)
+    except UsageError:  # of such sizes
+        return
+    cuts = parts_of(parts[0][0])
+    for name, expected in learned(whole_model).items():
+        own = [found[name] for _, found in parts]
+        what = f"the gradient of {name}" if name else "the states"
+        for whole in [cuts[name][0].joined(own)] if name in cuts else own:
+            case.expect(whole, expected, f"{what} must be those of one process where two share the layers")
+
+
 LAWS: tuple[Callable[[Case], None], ...] = (
     any_split,
     padding,
@@ -258,5 +286,6 @@ LAWS: tuple[Callable[[Case], None], ...] = (
     projecting,
     attention,
     gradients,
+    dividing,
 )
 """Every law of models, in the order in which `check` tries them."""

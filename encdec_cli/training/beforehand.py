@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from encdec_cli.bundle.bundle import build_model, identity
 from encdec_cli.config import parse_component
 from encdec_cli.errors import UsageError
 from encdec_cli.evaluation.metrics import Metric, try_out
+from encdec_cli.models.parts import Part, divide
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.training.compiling import compiles
@@ -76,16 +79,44 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
-    parts, world = recipe.train.accumulate, ranks.world
-    if parts < world or (parts % world and recipe.parallel.shard):
-        raise UsageError(
-            f"train.accumulate: {world} processes cannot share an update in {parts} part(s); it must be a multiple "
-            f"of {world}, with a smaller train.tokens if the update is to stay as large as it was."
-        )
-    if parts % world:
-        say(f"note: {parts} micro-batches an update, {world} processes: some wait for the others")
+    _check_tensor(recipe, ranks.world)
+    _check_update(recipe, ranks, say)
+    world = ranks.world
     if world > 1 and recipe.train.tokens == "auto":
         raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
+
+
+def _check_update(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
+    parts = recipe.train.accumulate
+    data, what = ranks.data, "processes" if ranks.tensor == 1 else f"groups of {ranks.tensor} processes"
+    if parts < data or (parts % data and (recipe.parallel.shard or ranks.tensor > 1)):
+        raise UsageError(
+            f"train.accumulate: {data} {what} cannot share an update in {parts} part(s); it must be a multiple "
+            f"of {data}, with a smaller train.tokens if the update is to stay as large as it was."
+        )
+    if parts % data:
+        say(f"note: {parts} micro-batches an update, {data} processes: some wait for the others")
+
+
+def _check_tensor(recipe: Recipe, world: int) -> None:
+    tensor = recipe.parallel.tensor
+    if tensor == 1:
+        return
+    if world % tensor:
+        raise UsageError(
+            f"parallel.tensor: {world} process(es) cannot form groups of {tensor}; start a multiple of {tensor} with "
+            "torchrun, or set it to 1."
+        )
+    other = recipe.train.optimizer if recipe.train.optimizer in ("muon", "adafactor") else ""
+    parts = {
+        f"train.optimizer={other}": other,
+        "lora.rank": recipe.lora.rank,
+        "guide.weight": recipe.guide.weight,
+    }
+    if asked := [key for key, value in parts.items() if value]:
+        raise UsageError(f"parallel.tensor: {', '.join(asked)} cannot do with parts of weights; leave out one of them.")
+    with torch.device("meta"):
+        divide(build_model(recipe, _VOCABULARY, _VOCABULARY), Part(0, tensor, id))
 
 
 def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:

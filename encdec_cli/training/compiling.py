@@ -23,12 +23,14 @@ def compiles(recipe: Recipe, model: Model, device: str) -> bool:
     dropout and our products are faster than those that the compiler makes. With shares of a model `auto` compiles
     nothing: whether it pays there has not been measured.
     """
-    wanted = recipe.train.compile
+    wanted, shared = recipe.train.compile, recipe.parallel.shard or recipe.parallel.tensor > 1
     if wanted == "auto":
         pays = torch.device(device).type == "cuda" and recipe.train.steps >= MANY
-        return pays and model.can_compile and not recipe.parallel.shard and _has_compiler()
+        return pays and model.can_compile and not shared and _has_compiler()
     if wanted and not model.can_compile:
         raise UsageError(f"train.compile: this model ({type(model).__name__}) cannot be compiled; set it to false.")
+    if wanted and recipe.parallel.tensor > 1:
+        raise UsageError("train.compile: parts of layers are summed outside the compiler; set it to false.")
     return bool(wanted)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from encdec_cli.errors import EncdecError, ResourceError, UsageError
+from encdec_cli.recipe import Parallel
 from encdec_cli.training.rollcall import FIRST, RollCall
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ BUCKET = 1 << 24
 """Numbers that are summed in one message: 64 MB of fp32."""
 _START = 6
 """How many times as long as later a process is waited for at first: some import from slow disks."""
+_LIMIT = 3
+"""How many times as long a collective is waited for. The roll call gives up first: it can say who is missing."""
 _POLL, _LONGEST_POLL = 0.01, 0.5
 """Seconds between two looks for what another process is to write: at first, and after a while, for a thousand ask."""
 
@@ -41,13 +44,40 @@ class Ranks:
         rank: the number of this process.
         world: how many there are.
         roll: who is there; None for one process alone.
+        tensor: how many neighbours share each layer of the model, and so the micro-batches, too; `world` is a multiple.
     """
 
-    def __init__(self, rank: int = 0, world: int = 1, roll: RollCall | None = None) -> None:
+    def __init__(self, rank: int = 0, world: int = 1, roll: RollCall | None = None, tensor: int = 1) -> None:
         self.rank = rank
         self.world = world
+        self.tensor = tensor
         self._roll = roll
         self._told = 0
+        self.mates: dist.ProcessGroup | None = None
+        """Those who share the layers with this process; see `divide`."""
+        self.peers: dist.ProcessGroup | None = None
+        """Those who have the same part of the layers, and so of every update other micro-batches; None: all."""
+
+    @property
+    def data(self) -> int:
+        """How many processes, or groups of mates, share the micro-batches of an update."""
+        return self.world // self.tensor
+
+    @property
+    def place(self) -> int:
+        """The number of this process among its mates."""
+        return self.rank % self.tensor
+
+    def divide(self) -> None:
+        """Meet the mates and the peers; before that, peers are all."""
+        if self._roll is None:
+            return
+        limit, first = timedelta(seconds=_LIMIT * self._roll.timeout), self.rank - self.place
+        with self._roll.waiting("the start"):
+            self.mates, self.peers = (
+                dist.new_group(list(members), limit, use_local_synchronization=True)
+                for members in (range(first, first + self.tensor), range(self.place, self.world, self.tensor))
+            )
 
     @property
     def first(self) -> bool:
@@ -55,11 +85,14 @@ class Ranks:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return this process's part of the micro-batches of an update: every `world`-th, from its own number on."""
-        return items[self.rank :: self.world]
+        """Return this process's part of the micro-batches of an update, which is that of its mates.
 
-    def sum(self, what: str, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes; all of one type and device, in buckets.
+        That is every `data`-th, from the number of its group on.
+        """
+        return items[self.rank // self.tensor :: self.data]
+
+    def sum(self, what: str, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
+        """Replace each tensor by its sum over all processes, or a group; all of one type and device, in buckets.
 
         The order of the addends depends on the number of processes alone. One process alone does not even ask for
         the tensors.
@@ -69,7 +102,7 @@ class Ranks:
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             with self._roll.waiting(what):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=group)
                 _settle()
             for tensor, total in zip(bucket, torch.split(flat, [t.numel() for t in bucket]), strict=True):
                 tensor.copy_(total.view_as(tensor))
@@ -84,12 +117,12 @@ class Ranks:
             _settle()
         return came
 
-    def total(self, what: str, value: float) -> float:
-        """Return the sum of a number over all processes."""
+    def total(self, what: str, value: float, group: dist.ProcessGroup | None = None) -> float:
+        """Return the sum of a number over all processes, or a group."""
         if self._roll is None:
             return value
         number = torch.tensor([value], dtype=torch.float64)  # on the CPU, so by gloo
-        self.sum(what, [number])
+        self.sum(what, [number], group)
         return float(number)
 
     def first_does(self, what: str, work: Callable[[], T], silently: bool = False) -> T:
@@ -159,20 +192,20 @@ def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]) -> Iterator[tuple[Ranks, str]]:
+def joined(device: str, parallel: Parallel, leave: Callable[[EncdecError], NoReturn]) -> Iterator[tuple[Ranks, str]]:
     """Meet the other processes that `torchrun` has started; give the ranks, and the device of this process.
 
     Without `torchrun` this process is alone.
 
     Args:
         device: `cuda` becomes `cuda:<number of this process on its machine>`.
-        timeout: seconds after which a process that is dead, stopped or late is given up.
+        parallel: after how many seconds a process that is dead, stopped or late is given up, and who shares what.
         leave: ends this process with an error, from a thread: the main one may hang in a call of a library.
 
     Raises:
         ResourceError: naming the processes that did not come, or are lost.
     """
-    world = _number("WORLD_SIZE", 1)
+    world, timeout = _number("WORLD_SIZE", 1), parallel.timeout
     if world == 1:
         yield Ranks(), device
         return
@@ -181,10 +214,9 @@ def joined(device: str, timeout: float, leave: Callable[[EncdecError], NoReturn]
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     with _roll_call(rank, world, timeout, leave) as roll:
-        ranks = Ranks(rank, world, roll)
+        ranks = Ranks(rank, world, roll, parallel.tensor)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        # The roll call gives up first: it can say who is missing.
-        limit = timedelta(seconds=3 * timeout)
+        limit = timedelta(seconds=_LIMIT * timeout)
         group = PrefixStore("group", roll.store)
         with roll.waiting("the start"):
             dist.init_process_group(backend, store=group, rank=rank, world_size=world, timeout=limit)

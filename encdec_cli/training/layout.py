@@ -1,13 +1,15 @@
-"""Which process has which part of the model: all of it each, or (`training/sharding.py`) a share."""
+"""Which process has what of the model: all of it each, a share (`training/sharding.py`) or a part of every layer
+(`training/tensor_parallel.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from encdec_cli.bundle import checkpoint
@@ -15,6 +17,7 @@ from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
 from encdec_cli.errors import ResourceError
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import Cut, Part, Piece
 from encdec_cli.recipe import Recipe
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient, Gradients
@@ -69,10 +72,10 @@ class Layout(Protocol):
         Every process must call it.
         """
 
-    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+    def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Commit a checkpoint of what each process has.
 
-        shared: the names of those tensors of which a process has some rows only.
+        pieces: by name, those tensors of which this process has a piece only.
         """
 
 
@@ -107,17 +110,35 @@ class Replicated:
 
         return named
 
-    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+    def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Let the first process write it, if all have the same; see `Layout`."""
         what = f"the checkpoint after update {own.progress.step}"
-        if self.ranks.world > 1:
-            mark = _mark(own.tensors.values())
-            if self.ranks.total(what, mark) != mark * self.ranks.world:
-                raise ResourceError(
-                    f"process {self.ranks.rank}: the processes have come to different weights; nothing was saved since "
-                    "the last checkpoint. Use machines of one kind with the same versions, and start all again."
-                )
+        check_same(self.ranks, what, own.tensors.values())
         self.ranks.first_does(what, lambda: checkpoint.save(folder, own))
+
+
+def check_same(ranks: Ranks, what: str, tensors: Iterable[Tensor], among_peers: bool = False) -> None:
+    """Raise ResourceError unless all processes, or those with the same part of the model, have the same tensors."""
+    group, count = (ranks.peers, ranks.data) if among_peers else (None, ranks.world)
+    if count > 1:
+        mark = _mark(tensors)
+        if ranks.total(what, mark, group) != mark * count:
+            raise ResourceError(
+                f"process {ranks.rank}: the processes have come to different weights; nothing was saved since the last "
+                "checkpoint. Use machines of one kind with the same versions, and start all again."
+            )
+
+
+def save_in_parts(
+    ranks: Ranks, folder: Path, own: Checkpoint, mine: dict[str, Tensor], pieces: Mapping[str, Piece], parts: int
+) -> None:
+    """Let each of the first `parts` processes write what is `mine`; commit when all have written."""
+    what = f"the checkpoint after update {own.progress.step}"
+    with checkpoint.saving(folder, own) if ranks.first else nullcontext() as temporary:
+        place = Path(ranks.first_does(what, lambda: str(temporary)))
+        if ranks.rank < parts:
+            checkpoint.write_part(place, mine, ranks.rank, parts, pieces)
+        ranks.meet(what)
 
 
 def _mark(tensors: Iterable[Tensor]) -> int:
@@ -126,10 +147,29 @@ def _mark(tensors: Iterable[Tensor]) -> int:
     return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
 
 
+def part_of(ranks: Ranks) -> Part:
+    """Return the part of every layer that is this process's."""
+    return Part(ranks.place, ranks.tensor, lambda tensor: dist.all_reduce(tensor, group=ranks.mates))
+
+
+def brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
+    """Return the whole of what the mates of the first process have of a weight, to that; to others what they have."""
+    if ranks.rank >= ranks.tensor:
+        return own
+    parts = [torch.empty_like(own) for _ in range(ranks.tensor)] if ranks.first else None
+    dist.gather(own.contiguous(), parts, group=ranks.mates)
+    return own if parts is None else cut.joined(parts)
+
+
 def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:
     """Return the layout of a run; one process alone has all. `say` is given sentences for the user."""
-    if not (recipe.parallel.shard and ranks.world > 1):
+    if ranks.world == 1 or not (recipe.parallel.shard or ranks.tensor > 1):
         return Replicated(ranks, say)
-    from encdec_cli.training.sharding import Sharded  # noqa: PLC0415 - it takes seconds
+    # Each takes seconds.
+    if recipe.parallel.shard:
+        from encdec_cli.training.sharding import Sharded  # noqa: PLC0415
 
-    return Sharded(ranks)
+        return Sharded(ranks)
+    from encdec_cli.training.tensor_parallel import Divided  # noqa: PLC0415
+
+    return Divided(ranks)

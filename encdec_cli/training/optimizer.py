@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.errors import BundleError
+from encdec_cli.models.parts import Piece
 from encdec_cli.training.distributed import Ranks
 
 
@@ -29,11 +30,26 @@ class Weight:
     gradient: Tensor | None = None
     rows: slice | None = None
     """Which rows of the parameter these are, if processes share it (`parallel.shard`); None if this one has all."""
+    part: Piece | None = None
+    """Which part of the model's weight the parameter is, if processes share layers (`parallel.tensor`), else None."""
 
     def state(self) -> dict[str, Tensor]:
         """Return what is saved of it, by name."""
         kept = {"master": self.master, "ema": self.average, **self.moments}
         return {f"{kind}.{self.name}": tensor for kind, tensor in kept.items() if tensor is not None}
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes have other numbers of the model's weight."""
+        return self.rows is not None or self.part is not None
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """Yield what this process has of `state()`; nothing if it has all."""
+        piece = self.part
+        if self.rows is not None:
+            piece = (piece or Piece.whole(self.parameter.shape)).narrow(0, self.rows.start, self.rows.stop)
+        if piece is not None:
+            yield from ((name, piece.of_means(tensor.shape)) for name, tensor in self.state().items())
 
 
 class Rule(Protocol):
@@ -63,16 +79,22 @@ class Optimizer:
         rules: each with the named parameters that follow it. Those that need no gradient have masters alone, so that
             their full precision is kept and saved too.
         ema: share of a moving average of the masters that stays at an update; 0 keeps no average.
+        parts: what those parameters are that are parts of a model's weights, by name (`parallel.tensor`).
     """
 
-    def __init__(self, rules: Iterable[tuple[Rule, Iterable[tuple[str, nn.Parameter]]]], ema: float = 0.0) -> None:
+    def __init__(
+        self,
+        rules: Iterable[tuple[Rule, Iterable[tuple[str, nn.Parameter]]]],
+        ema: float = 0.0,
+        parts: Mapping[str, Piece] | None = None,
+    ) -> None:
         self.updates = 0
         """Updates done."""
         self.ema = ema
         self._groups: list[tuple[Rule, list[Weight]]] = []
         self._frozen: list[Weight] = []
         for rule, parameters in rules:
-            named = [_new_weight(name, parameter) for name, parameter in parameters]
+            named = [_new_weight(name, parameter, (parts or {}).get(name)) for name, parameter in parameters]
             self._frozen += [weight for weight in named if not weight.parameter.requires_grad]
             weights = [weight for weight in named if weight.parameter.requires_grad]
             for weight in weights:
@@ -120,18 +142,30 @@ class Optimizer:
                 yield weight.gradient
 
     @torch.no_grad()
-    def clip(self, limit: float = 0.0, total: Callable[[float], float] = float) -> float:
+    def clip(
+        self, limit: float = 0.0, total: Callable[[float], float] = float, data: int = 1, tensor: int = 1
+    ) -> float:
         """Scale the collected gradients to a global norm of at most `limit` (0: no limit); return the norm before.
 
-        total: returns the sum of a number over all processes that share the weights. If the norm is infinite or not a
-        number nothing is scaled, and `step` must not be called.
+        If the norm is infinite or not a number nothing is scaled, and `step` must not be called.
+
+        Args:
+            limit: see above.
+            total: returns the sum of a number over all processes.
+            data: how many of them have all rows, if these are not shared.
+            tensor: how many of them have all of a weight that is not divided.
         """
         gradients = [weight.gradient for weight in self._weights if weight.gradient is not None]
         if not gradients:
             return 0.0
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
-        if any(weight.rows is not None for weight in self._weights):
+        norms = torch.stack(torch._foreach_norm(gradients))
+        if any(weight.shared for weight in self._weights):
+            own = [weight for weight in self._weights if weight.gradient is not None]
+            copies = [(data if w.rows is None else 1) * (tensor if w.part is None else 1) for w in own]
+            norm = float((norms * torch.tensor(copies).to(norms).rsqrt()).norm())
             norm = math.sqrt(total(norm * norm))
+        else:
+            norm = float(norms.norm())
         if limit and math.isfinite(norm) and norm + 1e-6 > limit:
             torch._foreach_mul_(gradients, limit / (norm + 1e-6))
         return norm
@@ -162,10 +196,9 @@ class Optimizer:
         for weight in self._weights:
             weight.gradient = None
 
-    def rows(self) -> dict[str, slice]:
-        """Return the names in `state()` of which this process has some rows only, and which."""
-        weights = (*self._weights, *self._frozen)
-        shared = {name: weight.rows for weight in weights if weight.rows is not None for name in weight.state()}
+    def pieces(self) -> dict[str, Piece]:
+        """Return the names in `state()` of which this process has a piece only, and which."""
+        shared = {name: piece for w in (*self._weights, *self._frozen) for name, piece in w.pieces()}
         for rule, own in self._groups:
             for name in (f"{moment}.{weight.name}" for moment in rule.unshared for weight in own):
                 shared.pop(name, None)
@@ -229,9 +262,9 @@ class Optimizer:
         _publish([*self._weights, *self._frozen])
 
 
-def _new_weight(name: str, parameter: nn.Parameter) -> Weight:
+def _new_weight(name: str, parameter: nn.Parameter, part: Piece | None) -> Weight:
     own, rows = _own(parameter)
-    return Weight(name, parameter, own.detach().float(), rows=rows)
+    return Weight(name, parameter, own.detach().float(), rows=rows, part=part)
 
 
 def _own(parameter: Any) -> tuple[Tensor, slice | None]:

@@ -37,7 +37,8 @@ def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[st
     if fatal:
         raise refusal(run, [_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items())])
     for key, (a, b) in sorted(changed.items()):
-        exact = "" if key.startswith("recipe.") else "; the weights will not be bit-identical to an unbroken run's"
+        same = key.startswith("recipe.") and key != "recipe.parallel.tensor"
+        exact = "" if same else "; the weights will not be bit-identical to an unbroken run's"
         say(f"note: {key.removeprefix('recipe.')} was {a!r}, is now {b!r}{exact}")
 
 

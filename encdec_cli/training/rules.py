@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import parts_of
 from encdec_cli.recipe import Train
 from encdec_cli.text.vocabulary import BOS, EOS, PAD
 from encdec_cli.training.adafactor import Adafactor
@@ -37,6 +38,7 @@ def make_optimizer(model: Model, train: Train, inner: Collection[str], dtype: to
             (rule, [(name, p) for name, p in named.items() if name not in inner]),
         ],
         train.ema,
+        {name: cut.piece(named[name].shape, part) for name, (cut, part) in parts_of(model).items()},
     )
 
 

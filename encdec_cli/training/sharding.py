@@ -8,8 +8,8 @@ its gradients go as sums to those who keep the rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -17,17 +17,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.layout import brought_together, part_of, save_in_parts
 from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
@@ -41,10 +42,16 @@ class Sharded:
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
+        self._parts: Collection[str] = ()
+        if ranks.tensor > 1:
+            ranks.divide()
 
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
         copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
+        if self.ranks.tensor > 1:
+            divide(model, part_of(self.ranks))
+            self._parts = parts_of(model).keys()
         self._root = Root(model)
         share_out(self._root, self.ranks, precision)
         return copy
@@ -74,24 +81,23 @@ class Sharded:
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
-        named, averages = {}, optimizer.averages()
+        named, averages, parts = {}, optimizer.averages(), parts_of(model)
         with self.ranks.computing("gathering the weights"):
             for name, value in model.state_dict().items():
                 full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
+                full = brought_together(full, parts[name][0], self.ranks) if name in parts else full
                 if self.ranks.first:
                     named[name] = (full.float() if full.is_floating_point() else full).cpu()
         if self.ranks.first:
             whole.load_state_dict(named)
         return lambda: merged(whole, named)
 
-    def save(self, folder: Path, own: Checkpoint, shared: Container[str]) -> None:
+    def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
         """Let each process write its rows, and the first the rest; commit when all have written."""
-        what = f"the checkpoint after update {own.progress.step}"
-        with checkpoint.saving(folder, own) if self.ranks.first else nullcontext() as temporary:
-            place = Path(self.ranks.first_does(what, lambda: str(temporary)))
-            mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
-            checkpoint.write_part(place, mine, self.ranks.rank, self.ranks.world)
-            self.ranks.meet(what)
+        # Of what is no part of a layer all mates have the same rows.
+        shared = [name for name in pieces if self.ranks.place == 0 or name.partition(".")[2] in self._parts]
+        mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in shared}
+        save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.world)
 
 
 def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
@@ -125,7 +131,9 @@ def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
     """Leave this process its rows of a model's weights, gathered in the type of the computation."""
     # It warns of views that are changed in place; no layer here changes what another returned.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
-    mesh = init_device_mesh(next(root.parameters()).device.type, (ranks.world,))
+    device = next(root.parameters()).device.type
+    peers = ranks.peers
+    mesh = init_device_mesh(device, (ranks.world,)) if peers is None else DeviceMesh.from_group(peers, device)
     # Inputs are of that type already; to cast them would copy the lists among them, which a layer may add to.
     policy = MixedPrecisionPolicy(precision.dtype, torch.float32, cast_forward_inputs=False)
     for buffer in root.buffers():
@@ -171,7 +179,7 @@ class ShardedGradients:
             gradients: list[Any] = [parameter.grad for parameter in self.parameters]
             for parameter in self.parameters:
                 parameter.grad = None
-            yield float(loss.detach()) / weight, tuple(None if g is None else g.to_local() for g in gradients)
+            yield float(loss.detach()) / weight, tuple(g.to_local() if isinstance(g, DTensor) else g for g in gradients)
 
 
 class Gathered(Sequence[nn.Parameter]):

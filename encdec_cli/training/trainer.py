@@ -231,9 +231,10 @@ class Trainer:
         for part, gradient in self.gradients.of(*job):
             self.optimizer.collect(gradient)
             loss += part
-        loss = self.ranks.total(what, loss)
-        self.ranks.sum(what, self.optimizer.gradients())
-        norm = self.optimizer.clip(self.train.clip, partial(self.ranks.total, what))
+        loss = self.ranks.total(what, loss, self.ranks.peers)
+        self.ranks.sum(what, self.optimizer.gradients(), self.ranks.peers)
+        copies = self.ranks.data, self.ranks.tensor
+        norm = self.optimizer.clip(self.train.clip, partial(self.ranks.total, what), *copies)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._leave_out(f"loss {loss}, gradient norm {norm}", batches, job)
             return
@@ -259,7 +260,7 @@ class Trainer:
             flops = self.formula.flops_of(rows, source, target, tokens)
             new = [tokens, flops, rows * (source + target), int(batch.source_mask.sum()) + tokens]
             counts += torch.tensor(new, dtype=torch.float64)
-        self.ranks.sum(what, [counts])
+        self.ranks.sum(what, [counts], self.ranks.peers)
         return [int(count) for count in counts.tolist()]
 
     def _passed(self, batches: Sequence[Ints]) -> None:
@@ -294,7 +295,7 @@ class Trainer:
                 "lower train.rate, raise train.warmup, or use train.precision=fp32."
             )
         if train.on_nan == "rollback" and back_to is not None:
-            self._take(checkpoint.load(self.checkpoints, back_to, self.optimizer.rows()).tensors)
+            self._take(checkpoint.load(self.checkpoints, back_to, self.optimizer.pieces()).tensors)
         done = "left out" if train.on_nan == "skip" else f"left out, with all updates after {back_to}"
         self.setting.say(f"{what}; {done}")
         progress.skipped.append(step)
@@ -345,7 +346,7 @@ class Trainer:
             f"buffer.{name}": value for name, value in self.model.named_buffers() if name in self.model.state_dict()
         }
         self.ranks.first_does("the log", self.log.sync)
-        self.layout.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.optimizer.rows())
+        self.layout.save(self.checkpoints, Checkpoint(self.progress, state, self.facts), self.optimizer.pieces())
         self._let_first("the checkpoint", self._publish)
         self._unsaved = False
 
@@ -358,7 +359,7 @@ class Trainer:
         if step is None:
             check_start(self.setting.recipe.lora, self.setting.init_from is not None)
             return
-        found = checkpoint.read(self.checkpoints, step, self.optimizer.rows())
+        found = checkpoint.read(self.checkpoints, step, self.optimizer.pieces())
         resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
         self.progress = found.progress
         self.progress.finished = found.progress.finished and self._is_over()

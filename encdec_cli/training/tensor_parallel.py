@@ -1,0 +1,69 @@
+"""Every layer shared out over neighbouring processes (`models/parts.py`), and what they have brought together again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from copy import deepcopy
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from encdec_cli.bundle.checkpoint import Checkpoint
+from encdec_cli.models.model import Model
+from encdec_cli.models.parts import Piece, divide, parts_of
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.layout import brought_together, check_same, part_of, save_in_parts
+from encdec_cli.training.objective import Objective
+from encdec_cli.training.optimizer import Optimizer
+from encdec_cli.training.precision import Precision
+from encdec_cli.training.sharding import Root, ShardedGradients
+
+
+class Divided:
+    """Every process has a part of each layer, and all of what stands between the layers."""
+
+    even = True
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        ranks.divide()
+
+    def whole(self, model: Model, precision: Precision) -> Model:
+        """Leave this process its part of the model; return a whole copy, without memory except in the first process."""
+        self._precision = precision
+        copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
+        divide(model, part_of(self.ranks))
+        return copy
+
+    def gradients(
+        self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
+    ) -> ShardedGradients:
+        """Return what computes micro-batches in turn; see `Layout`."""
+        self._precision.apply(model)
+        return ShardedGradients(Root(model), parameters, objective, self.ranks)
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Do nothing but wait for the others: the mates compute together whatever they compute; see `Layout`."""
+        return self.ranks.computing("the model")
+
+    def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
+        """Bring the weights together in the memory of the first process, tensor by tensor; see `Layout`."""
+        named, parts = {}, parts_of(model)
+        own = model.state_dict() | optimizer.masters() | optimizer.averages()
+        with self.ranks.computing("gathering the weights"):
+            for name, value in own.items():
+                full = brought_together(value, parts[name][0], self.ranks) if name in parts else value
+                if self.ranks.first:
+                    named[name] = (full.float() if full.is_floating_point() else full).cpu()
+        if self.ranks.first:
+            whole.load_state_dict(named)
+        return lambda: named
+
+    def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
+        """Let the first process and its mates write their parts, if all peers have the same; see `Layout`."""
+        what = f"the checkpoint after update {own.progress.step}"
+        check_same(self.ranks, what, own.tensors.values(), among_peers=True)
+        check_same(self.ranks, what, (tensor for name, tensor in own.tensors.items() if name not in pieces))
+        mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in pieces}
+        save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.tensor)
