@@ -57,7 +57,7 @@ class Train:
     """Whether layers are computed a second time in the backward pass, which takes time and saves their activations."""
     compile: bool | Literal["auto"] = "auto"
     """Whether layers and loss go through torch's compiler; auto: on a GPU, in runs of 1,000 updates or more, without
-    parallel.shard."""
+    parallel.shard and parallel.tensor."""
     accumulate: Positive = 1
     """Micro-batches of one update; on a CPU as many as there are threads are computed, and kept, side by side."""
     optimizer: Literal["adam", "adamw", "muon", "adafactor"] = "adamw"

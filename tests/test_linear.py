@@ -22,8 +22,8 @@ from tests.conftest import environment
 def ours(request, monkeypatch):
     torch.manual_seed(0)
     if not request.param:
-        monkeypatch.setattr("encdec_cli.models.linear.can_map", lambda x, weight: False)
-    elif not can_map(torch.zeros(2, 2), torch.zeros(2, 2)):
+        monkeypatch.setattr("encdec_cli.models.linear.can_map", lambda *_: False)
+    elif not can_map(torch.zeros(2, 2), torch.zeros(2, 2), None):
         pytest.skip("this machine has no products of our own")
     return request.param
 
@@ -77,7 +77,7 @@ def test_the_same_map_twice_has_the_same_bits():
 def test_products_of_any_shape_are_those_in_double_precision(ours, rows, inputs, outputs, dtype):
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     bias, outer = torch.randn(outputs).to(dtype), torch.randn(rows, outputs).to(dtype)
-    if not ours or not can_map(x, weight):
+    if not ours or not can_map(x, weight, bias):
         assert not ours or dtype == torch.float32 or inputs % 2 or outputs % 2
         return
     maps = operators()
@@ -88,6 +88,22 @@ def test_products_of_any_shape_are_those_in_double_precision(ours, rows, inputs,
         rounding = 1e-6 if dtype == torch.float32 else 1 / 256
         error = (one.double() - other).abs()
         assert (error <= rounding * other.abs() + 1e-5 * (rows + inputs + outputs) ** 0.5).all()
+
+
+def test_what_does_not_fit_is_an_error_or_as_torch_has_it():
+    x, weight, bias = large((300,), 64, 500)
+    for wrong in (weight[:, :32], weight.bfloat16()):
+        with pytest.raises(RuntimeError):
+            linear(x, wrong, bias)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, bias.bfloat16())
+    strided = torch.randn(1000)[::2]
+    torch.testing.assert_close(linear(x, weight, strided), F.linear(x, weight, strided), atol=1e-4, rtol=1e-4)
+    one = torch.randn(2048, requires_grad=True)
+    wide = torch.randn(2048, 2048, requires_grad=True)
+    found = torch.autograd.grad(linear(one, wide).sum(), (one, wide))
+    torch.testing.assert_close(found[0], wide.sum(0), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(found[1], one.expand(2048, 2048))
 
 
 def test_neither_threads_nor_neighbours_change_a_bit_of_a_row(ours):

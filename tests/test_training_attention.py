@@ -10,7 +10,7 @@ from encdec_cli.kernels import attention as kernel
 from encdec_cli.models.attention import attend, mask_bias
 from encdec_cli.models.heads import split_heads
 
-pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C compiler")
+pytestmark = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or no AVX-512")
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Largest error of outputs and gradients, as a share of the largest number."""
 
@@ -156,3 +156,13 @@ def test_lengths_beyond_the_cache_are_left_to_torch():
     assert kernel.can_attend(*inputs(1, 1, 4, kernel.MOST, 16, torch.float32), None, False)
     assert not kernel.can_attend(*inputs(1, 1, 5, 4, 16, torch.float32), None, True)
     assert not kernel.can_attend(*inputs(1, 1, 5, 5, 24, torch.float32), None, False)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    query, key, value = inputs(4, 2, 5, 5, 32, torch.float32)
+    narrow = [each[..., :16] for each in (key, value)]
+    for wrong in ((query, *narrow), (query, key, value.transpose(2, 3)), (query[:2], key, value)):
+        assert not kernel.can_attend(*wrong, None, False)
+    for shape in ((2, 1, 1, 5), (4, 1, 3, 5), (4, 2, 1, 5), (4, 1, 1, 4)):
+        assert not kernel.can_attend(query, key, value, torch.zeros(shape), False)
+    assert kernel.can_attend(query, key, value, torch.zeros(1, 1, 5, 5), False)

@@ -63,7 +63,10 @@ def read_pieces(parts: Sequence[Path], wanted: Mapping[str, Piece] | None = None
                     read[name] += numbers.numel()
     for name, tensor in found.items():
         if read[name] != tensor.numel():
-            raise BundleError(f"{parts[0].parent}: the files of '{name}' do not make a whole; it cannot be read.")
+            raise BundleError(
+                f"{parts[0].parent}: the files of '{name}' do not make a whole; they are damaged, or of a "
+                "version that did not note their rows."
+            )
     return found
 
 

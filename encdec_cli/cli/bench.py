@@ -111,7 +111,8 @@ def _training(
     from encdec_cli.training.trainer import Setting, Trainer
     from encdec_cli.training.trial import training_pace
 
-    loaded, run = load(recipe, overrides, plugins=plugins), output or default_run(recipe)
+    loaded = load(recipe, [*overrides, "parallel.tensor=1"], plugins=plugins)
+    run = output or default_run(recipe)
     threads = use_threads(loaded.train.threads)
     keep_freed()
     with locked(run), watched() as stop, tempfile.TemporaryDirectory(prefix="encdec-bench-") as scratch:

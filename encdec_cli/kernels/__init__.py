@@ -18,6 +18,7 @@ from encdec_cli.kernels.attention import fit
 from encdec_cli.kernels.build import CHUNK as CHUNK
 from encdec_cli.kernels.build import function
 from encdec_cli.kernels.build import library as library
+from encdec_cli.kernels.build import wide as wide
 from encdec_cli.kernels.matrix import shares, together
 
 WIDTH = 32
@@ -48,7 +49,9 @@ def usable(*tensors: Tensor) -> bool:
 
 def learnable(*tensors: Tensor) -> bool:
     """Return whether functions that have gradients take these tensors: on a CPU, of one type, contiguous."""
-    return _known(tensors) and all(one.is_contiguous() for one in tensors) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or not _known(tensors) or not wide():
+        return False
+    return all(one.is_contiguous() for one in tensors)
 
 
 def _known(tensors: Sequence[Tensor]) -> bool:

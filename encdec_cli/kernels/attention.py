@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-from encdec_cli.kernels.build import function, library
-from encdec_cli.kernels.matrix import shares, together
+from encdec_cli.kernels.build import function, wide
+from encdec_cli.kernels.matrix import REGISTERING, shares, together
 
 WIDTH = 16
 """What the heads' width is a multiple of."""
@@ -36,18 +36,20 @@ class _Call(ctypes.Structure):
 
 def fit(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, multiple: int) -> bool:
     """Return whether shapes are those of attention, without broadcasting but of the bias, and what must be is dense."""
-    if key.shape != value.shape or key.shape[:2] != query.shape[:2] or query.shape[3] % multiple:
+    rows, heads, queries, width = query.shape
+    if key.shape != value.shape or key.shape != (rows, heads, key.shape[2], width) or width % multiple:
         return False
-    if query.stride(3) + key.stride(3) + value.stride(3) != 3:
+    if any(one.stride(3) != 1 for one in (query, key, value)):
         return False
-    return bias is None or (
-        bias.dim() == 4 and bias.shape[1] == 1 and bias.shape[3] == key.shape[2] and bias.stride(3) == 1
-    )
+    if bias is None:
+        return True
+    fits = bias.dim() == 4 and bias.stride(3) == 1 and bias.shape[1::2] == (1, key.shape[2])
+    return fits and bias.shape[0] in (1, rows) and bias.shape[2] in (1, queries)
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> bool:
     """Return whether `attend` takes these."""
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or library() is None:
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or not wide():
         return False
     given = [query, key, value, *([] if bias is None else [bias])]
     if not _plain(given) or (bias is not None and bias.requires_grad):
@@ -74,7 +76,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causa
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        _registered()
+        operators()
         out, sums = torch.ops.encdec.attend(query, key, value, bias, causal)
         ctx.save_for_backward(query, key, value, bias, sums)
         ctx.causal = causal
@@ -87,6 +89,13 @@ class _Attention(torch.autograd.Function):
         *given, sums = ctx.saved_tensors
         query, key, value = torch.ops.encdec.attend_backward(outer, *given, sums, ctx.causal)
         return query, key, value, None, None
+
+
+def operators() -> Any:
+    """Return the operators of torch, `attend` and `attend_backward`; see `_forward` and `_backward`."""
+    with REGISTERING:
+        _registered()
+    return torch.ops.encdec
 
 
 @cache

@@ -44,6 +44,13 @@ def library() -> ctypes.CDLL | None:
 
 
 @cache
+def wide() -> bool:
+    """Return whether the processor has the registers (AVX-512) without which torch is the faster one in training."""
+    found = library()
+    return found is not None and bool(found.has_product(0))
+
+
+@cache
 def function(name: str) -> Any:
     """Return one of the compiled functions, where there are any."""
     return getattr(library(), name)

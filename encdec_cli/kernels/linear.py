@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.flop_counter import register_flop_formula
 
 from encdec_cli.kernels.build import PANEL, function
-from encdec_cli.kernels.matrix import KINDS, Struct, can_pack, shares, together
+from encdec_cli.kernels.matrix import KINDS, REGISTERING, Struct, can_pack, shares, together
 
 _DEPTH = 512
 """Rows, or in bf16 pairs of rows, of what a gradient is made from that stay in the cache."""
@@ -24,9 +25,14 @@ _COLUMNS = 96
 """COLUMNS of `products.c`."""
 
 
-def can_map(x: Tensor, weight: Tensor) -> bool:
-    """Return whether the operators take x [..., inputs] and weight [outputs, inputs]."""
-    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+def can_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the operators take x [..., inputs], weight [outputs, inputs] and bias [outputs]."""
+    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        return False
+    for one in (x, weight) if bias is None else (x, weight, bias):
+        if one.dtype != x.dtype or type(one) not in (Tensor, Parameter):
+            return False
+    if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return False
     return can_pack(x.dtype, weight.shape[1]) and can_pack(x.dtype, weight.shape[0])
 
@@ -38,7 +44,8 @@ def operators() -> Any:
     outputs], `linear_by_input(outer, weight)` makes that of x, and `linear_by_weight(outer, x)` those of weight and
     bias.
     """
-    _registered()
+    with REGISTERING:
+        _registered()
     return torch.ops.encdec
 
 

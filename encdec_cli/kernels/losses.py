@@ -56,9 +56,11 @@ def _row_by_row(
     have a loss together.
     """
     vocab = logits.shape[1]
+    if not len(target):
+        return logits.new_zeros((), dtype=torch.float32), torch.empty_like(logits)
     if not 0 <= int(target.min()) <= int(target.max()) < vocab:
         raise IndexError(f"a target from {int(target.min())} to {int(target.max())} among {vocab} logits")
-    target, prior = target.contiguous(), None if prior is None else prior.float().contiguous()
+    target, prior = target.long().contiguous(), None if prior is None else prior.float().contiguous()
     losses, gradient = torch.empty(len(target) // group, dtype=torch.float32), torch.empty_like(logits)
     calls = []
     for first, last in shares(len(losses), _COST * logits.numel()):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from encdec_cli.kernels.build import PANEL, function, library
 
 SHARED_OUT = 1 << 24
 """From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
+REGISTERING = Lock()
+"""Held while operators are told to torch, which takes each but once; several threads may need one first."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
 
@@ -99,10 +103,14 @@ def together(calls: Sequence[Callable[[], object]]) -> None:
     if len(calls) == 1:
         calls[0]()
         return
-    for work in [_pool().submit(call) for call in calls]:
-        work.result()
+    works = [_pool().submit(call) for call in calls]
+    try:
+        for work in works:
+            work.result()
+    finally:  # after Ctrl-C, too: whoever called owns the memory
+        wait(works)
 
 
 @cache
 def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads())
+    return ThreadPoolExecutor(os.cpu_count())

@@ -27,7 +27,7 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, c
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if not torch.is_grad_enabled() or not any(one.requires_grad for one in tensors):
         return kernels.norm(x, weight, bias, epsilon, centred)
-    if x.shape[-1] % kernels.WIDTH or not kernels.learnable(*tensors):
+    if x.shape[-1] % kernels.WIDTH or weight.shape != x.shape[-1:] or not kernels.learnable(*tensors):
         return None
     return _Norm.apply(x, weight, bias, epsilon, centred)  # type: ignore[no-untyped-call, no-any-return]
 

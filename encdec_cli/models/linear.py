@@ -12,9 +12,11 @@ from torch.nn import functional as F
 from encdec_cli.kernels.linear import can_map, operators
 
 MUCH = 1 << 22
-"""From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs about a ms."""
+"""From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs 0.4 ms."""
 ENOUGH = 1 << 20
-"""From this many on our own products are used."""
+"""From this many on our own products are used, if there are enough rows too: to pack the matrix takes a while."""
+ROWS, ROWS_TO_LEARN = 512, 32
+"""Enough rows; fewer where gradients are wanted, since micro-batches have many shapes, each new to oneDNN."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -25,7 +27,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler makes products of its own
         return F.linear(x, weight, bias)
     much, learning = x.numel() * len(weight), torch.is_grad_enabled()
-    ours = much >= ENOUGH and can_map(x, weight)
+    enough = much >= ENOUGH and x.numel() >= x.shape[-1] * (ROWS_TO_LEARN if learning else ROWS)
+    ours = enough and can_map(x, weight, bias)
     if not ours and (much < MUCH or _ONEDNN is None or x.dtype not in _TYPES[: 1 if learning else 2]):
         return F.linear(x, weight, bias)
     mapped: Tensor = _Linear.apply(x, weight, bias, ours) if learning else _map(x, weight, bias, ours)  # type: ignore[no-untyped-call]
@@ -58,9 +61,9 @@ class _Linear(torch.autograd.Function):
         if ctx.ours and by_weight:
             of_weight, of_bias = operators().linear_by_weight(outer, x)
         elif by_weight:
-            of_weight = _transposed_product(outer.flatten(0, -2), x.flatten(0, -2))
+            of_weight = _transposed_product(outer.reshape(-1, outer.shape[-1]), x.reshape(-1, x.shape[-1]))
         if by_bias and of_bias is None:
-            of_bias = outer.flatten(0, -2).sum(0)
+            of_bias = outer.reshape(-1, outer.shape[-1]).sum(0)
         return of_x, of_weight, of_bias if by_bias else None, None
 
 
@@ -73,7 +76,7 @@ def _transposed_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    product: Tensor = _ONEDNN(x, weight, bias, "none", [], "")
+    product: Tensor = _ONEDNN(x, weight, None if bias is None else bias.contiguous(), "none", [], "")
     return product
 
 

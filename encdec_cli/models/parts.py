@@ -217,14 +217,19 @@ def _cut(whole: Tensor, cut: Cut, part: Part) -> nn.Parameter:
 
 def divide(model: Model, part: Part) -> None:
     """Leave a model what a process computes of it. Raises UsageError where it cannot be shared."""
-    if not model.can_divide:
-        raise UsageError(
-            f"parallel.tensor: this model ({type(model).__name__}) does not say how its layers are shared out "
-            "(Model.can_divide); set it to 1."
-        )
+    check_can_divide(type(model))
     for module in list(model.modules()):
         if isinstance(module, Divisible):
             module.divide(part)
+
+
+def check_can_divide(kind: type[Model]) -> None:
+    """Raise UsageError if a model does not say how it is shared out."""
+    if not kind.can_divide:
+        raise UsageError(
+            f"parallel.tensor: this model ({kind.__name__}) does not say how its layers are shared out "
+            "(Model.can_divide); set it to 1."
+        )
 
 
 def parts_of(model: nn.Module) -> dict[str, tuple[Cut, Part]]:

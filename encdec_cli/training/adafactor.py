@@ -37,7 +37,7 @@ class Adafactor:
         """Return means of squares: of rows [rows, 1] and columns [1, columns] of a matrix, else of each weight."""
         if master.dim() != 2:
             return {"square": torch.zeros_like(master)}
-        return {"rows": torch.zeros_like(master[:, :1]), "columns": torch.zeros_like(master[:1])}
+        return {"rows": torch.zeros_like(master[:, :1]), "columns": master.new_zeros(1, master.shape[1])}
 
     def update(self, weights: Sequence[Weight], rate: float, updates: int, ranks: Ranks) -> None:
         """Change the masters; see `Rule`. Of a matrix in shares its means are summed, and the size of its step."""

@@ -12,7 +12,7 @@ from encdec_cli.bundle.bundle import build_model, identity
 from encdec_cli.config import parse_component
 from encdec_cli.errors import UsageError
 from encdec_cli.evaluation.metrics import Metric, try_out
-from encdec_cli.models.parts import Part, divide
+from encdec_cli.models.parts import Part, check_can_divide, divide
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.training.compiling import compiles
@@ -115,6 +115,7 @@ def _check_tensor(recipe: Recipe, world: int) -> None:
     }
     if asked := [key for key, value in parts.items() if value]:
         raise UsageError(f"parallel.tensor: {', '.join(asked)} cannot do with parts of weights; leave out one of them.")
+    check_can_divide(recipe.model.cls)
     with torch.device("meta"):
         divide(build_model(recipe, _VOCABULARY, _VOCABULARY), Part(0, tensor, id))
 

@@ -94,10 +94,10 @@ class Ranks:
     def sum(self, what: str, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
         """Replace each tensor by its sum over all processes, or a group; all of one type and device, in buckets.
 
-        The order of the addends depends on the number of processes alone. One process alone does not even ask for
-        the tensors.
+        The order of the addends depends on the number of processes alone. One process alone, in all or in its group,
+        does not even ask for the tensors.
         """
-        if self._roll is None:
+        if self._roll is None or (group is not None and group.size() == 1):
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])

@@ -7,7 +7,7 @@ Chen et al. 2016 (https://arxiv.org/abs/1607.01628), for the Transformer Garg et
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -134,7 +134,7 @@ class GuidedAttention:
 
     head: Head
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`. Encoder and decoder run once more, up to the head."""
         if batch.links is None:
             raise TypeError("a batch without links")

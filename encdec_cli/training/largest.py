@@ -30,6 +30,6 @@ def try_largest(trainer: Trainer) -> tuple[int, int, int]:
     trainer.close()
     if trainer.ranks.first:
         trainer.validation.try_longest(trainer.bundle)
-    sides = trainer.model.parameters(), trainer.optimizer.parameters
-    weights, learning = (sum(parameter.numel() for parameter in side) for side in sides)
-    return weights, learning, len(trainer.sampler)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in trainer.bundle.model.parameters()]
+    learning = sum(size for size, learns in sizes if learns)
+    return sum(size for size, _ in sizes), learning, len(trainer.sampler)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Protocol
 
@@ -145,6 +146,14 @@ def _mark(tensors: Iterable[Tensor]) -> int:
     """Return a number below 2^40 that equal bits give on every machine, whatever the order in which it adds."""
     words = [t.contiguous().view(torch.int32) for t in tensors if t.dtype == torch.float32]
     return sum(int(each.sum(dtype=torch.int64)) for each in words) % (1 << 40)
+
+
+def whole_of(model: Model, ranks: Ranks) -> Model:
+    """Return a copy of a model, of which only the first process's takes memory."""
+    if ranks.first:
+        return deepcopy(model)
+    known = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
+    return deepcopy(model, known).to("meta")
 
 
 def part_of(ranks: Ranks) -> Part:

@@ -16,16 +16,19 @@ _SHOWN = 8
 
 def culprits(
     gradients: Computing, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int]
-) -> list[int]:
-    """Return the numbers of the micro-batches with a loss or a gradient of their own that is not finite.
+) -> tuple[list[int], list[int]]:
+    """Return the numbers of the micro-batches whose loss is not finite, and of those whose gradient is not.
 
-    Computes each again, as `Gradients.of` did with the same arguments.
+    Computes each again, as `Gradients.of` did with the same arguments. Gradients may be sums over several processes'
+    micro-batches, losses are of one.
     """
-    found = []
+    by_loss, by_gradient = [], []
     for number, (loss, gradient) in zip(numbers, gradients.of(batches, weight, seed, numbers), strict=True):
-        if not (math.isfinite(loss) and all(bool(part.isfinite().all()) for part in gradient if part is not None)):
-            found.append(number)
-    return found
+        if not math.isfinite(loss):
+            by_loss.append(number)
+        if not all(bool(part.isfinite().all()) for part in gradient if part is not None):
+            by_gradient.append(number)
+    return by_loss, by_gradient
 
 
 def named(batches: Iterable[tuple[int, int, Batch]], every_line: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -25,7 +25,7 @@ from encdec_cli.training.teacher import with_teacher
 class Objective(Protocol):
     """The loss of a micro-batch, a sum over its target tokens in nats."""
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss, a scalar to be differentiated.
 
         Args:
@@ -44,7 +44,7 @@ class CrossEntropy:
     prior: Tensor | None = None
     """[vocab]: how the smoothing spreads; None: evenly."""
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`."""
         hidden = model(batch.source, batch.source_mask, batch.decoder_input)
         rows, labels = real_rows(hidden, batch.known_target[:, 1:])
@@ -65,7 +65,7 @@ class RDrop:
     """As of `CrossEntropy`."""
     weight: float
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`. Both passes are one batch of twice the rows."""
         source, mask, read = (
             side.repeat_interleave(2, 0) for side in (batch.source, batch.source_mask, batch.decoder_input)
@@ -114,7 +114,7 @@ class Mixture:
 
     parts: Sequence[tuple[float, Objective]]
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`."""
         losses = [part(model, batch, parameters, weight * share) for share, part in self.parts]
         return torch.stack(losses).sum()

@@ -21,7 +21,7 @@ from encdec_cli.training.log import CLOCK
 
 SHORT = (
     *("train.steps={steps}", "train.log_every=1", "train.save_every=3", "train.validate_every=10"),
-    *("train.valid_lines=10", "train.patience=0", "train.keep=1"),
+    *("train.valid_lines=10", "train.patience=0", "train.keep=1", "parallel.tensor=1"),
 )
 """What makes a copy of a run short. A checkpoint every three updates, so that most kills lose some."""
 _POLL = 0.003

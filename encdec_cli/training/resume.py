@@ -37,7 +37,9 @@ def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[st
     if fatal:
         raise refusal(run, [_verdict(key, a, b, changed) for key, (a, b) in sorted(fatal.items())])
     for key, (a, b) in sorted(changed.items()):
-        same = key.startswith("recipe.") and key != "recipe.parallel.tensor"
+        # Both have sums added up in another order.
+        summed = key == "recipe.parallel.tensor" or (key == "recipe.parallel.shard" and new.get("processes", 1) > 1)
+        same = key.startswith("recipe.") and not summed
         exact = "" if same else "; the weights will not be bit-identical to an unbroken run's"
         say(f"note: {key.removeprefix('recipe.')} was {a!r}, is now {b!r}{exact}")
 
@@ -73,7 +75,7 @@ def _is_data(key: str) -> bool:
 
 
 def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
-    flat = _flat(facts_["recipe"])
+    flat = {"recipe.parallel.tensor": 1} | _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
     flat["teacher"] = facts_.get("teacher")
     flat |= {"compiled": facts_.get("compiled", False), "kernels": facts_.get("kernels", False)}

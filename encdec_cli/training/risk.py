@@ -6,7 +6,7 @@ reference. The gradient is exact for these outputs, whatever they were drawn by.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,7 @@ class ExpectedRisk:
     sharpness: float
     """Power of the probabilities, the paper's alpha."""
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed risk; see `Objective`."""
         if not isinstance(batch, Judged):
             raise TypeError("a batch without candidates")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from encdec_cli.errors import EncdecError, ResourceError
 
@@ -109,7 +109,7 @@ class RollCall:
             yield
         except RuntimeError as error:
             lost = self._broken()
-            if lost is None and patient:  # an error of the other work
+            if lost is None and patient and not _is_communication(error):  # an error of the other work
                 raise
             raise lost or self._leaving(_first_line(error)) from error
         finally:
@@ -206,6 +206,10 @@ class RollCall:
         deadline = time.monotonic() + _LAST_WORDS
         while not self.store.check(keys) and time.monotonic() < deadline:
             time.sleep(self._interval / 10)
+
+
+def _is_communication(error: RuntimeError) -> bool:
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _first_line(error: RuntimeError) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
-from encdec_cli.training.layout import brought_together, part_of, save_in_parts
+from encdec_cli.training.layout import brought_together, part_of, save_in_parts, whole_of
 from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
@@ -48,7 +47,7 @@ class Sharded:
 
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its rows of the model; return a whole copy, without memory except in the first process."""
-        copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
+        copy = whole_of(model, self.ranks)
         if self.ranks.tensor > 1:
             divide(model, part_of(self.ranks))
             self._parts = parts_of(model).keys()
@@ -182,14 +181,11 @@ class ShardedGradients:
             yield float(loss.detach()) / weight, tuple(g.to_local() if isinstance(g, DTensor) else g for g in gradients)
 
 
-class Gathered(Sequence[nn.Parameter]):
+class Gathered:
     """The parameters as they are when somebody looks: those of a gathered unit are whole."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def __len__(self) -> int:
-        return sum(1 for _ in self.model.parameters())
-
-    def __getitem__(self, index: Any) -> Any:
-        return list(self.model.parameters())[index]
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return self.model.parameters()

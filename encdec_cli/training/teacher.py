@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ class Distillation:
     temperature: float
     _turn: Lock = field(default_factory=Lock)
 
-    def __call__(self, model: Model, batch: Batch, parameters: Sequence[nn.Parameter], weight: float) -> Tensor:
+    def __call__(self, model: Model, batch: Batch, parameters: Iterable[nn.Parameter], weight: float) -> Tensor:
         """Return `weight` times the summed loss; see `Objective`."""
         target = batch.known_target
         rows, labels = real_rows(model(batch.source, batch.source_mask, batch.decoder_input), target[:, 1:])

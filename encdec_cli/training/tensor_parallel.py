@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from copy import deepcopy
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.layout import brought_together, check_same, part_of, save_in_parts
+from encdec_cli.training.layout import brought_together, check_same, part_of, save_in_parts, whole_of
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -32,7 +31,7 @@ class Divided:
     def whole(self, model: Model, precision: Precision) -> Model:
         """Leave this process its part of the model; return a whole copy, without memory except in the first process."""
         self._precision = precision
-        copy = deepcopy(model) if self.ranks.first else deepcopy(model).to("meta")
+        copy = whole_of(model, self.ranks)
         divide(model, part_of(self.ranks))
         return copy
 

@@ -277,10 +277,12 @@ class Trainer:
         """
         progress, train, step = self.progress, self.train, self.progress.step + 1
         self.optimizer.forget()
-        bad = torch.zeros(len(batches), dtype=torch.float64)
-        bad[nonfinite.culprits(self.gradients, *job)] = 1
+        bad = torch.zeros((2, len(batches)), dtype=torch.float64)
+        for flags, numbers in zip(bad, nonfinite.culprits(self.gradients, *job), strict=True):
+            flags[numbers] = 1
         self.ranks.sum(f"update {step}", [bad])
-        parts = bad.nonzero().flatten().tolist() or range(len(batches))
+        by_loss, by_gradient = (flags.nonzero().flatten().tolist() for flags in bad)
+        parts = by_loss or by_gradient or range(len(batches))
         first = progress.step * train.accumulate
         places = [(*divmod(first + part, len(self.sampler)), self.feed(batches[part], step)) for part in parts]
         counts = self.setting.data.facts["splits"]["train"]
