@@ -360,3 +360,8 @@ def test_gradients_that_share_their_memory_stay_apart() -> None:
         optimizer.collect([shared, shared])
     assert shared.tolist() == [3.0, 0.0, 4.0, 0.0]
     assert optimizer.clip(0.0) == pytest.approx(10 * 2**0.5)
+
+
+def test_adafactor_remembers_means_of_columns_where_a_process_has_no_row():
+    kept = Adafactor().moments(torch.zeros(0, 5))
+    assert {name: list(moment.shape) for name, moment in kept.items()} == {"rows": [0, 1], "columns": [1, 5]}
