@@ -77,6 +77,7 @@ def _exit_codes() -> str:
     meanings = descriptions(ExitCode)
     lines = ["# Exit codes", "", "| code | meaning |", "|---|---|", "| 0 | All went well. |"]
     lines += [f"| {code.value} | {meanings[code.name]} |" for code in ExitCode if code]
+    lines += ["", "Whoever's reader goes away (`| head`) ends by SIGPIPE, without a word: a shell tells it as 141."]
     return _NOTE + "\n".join(lines) + "\n"
 
 
