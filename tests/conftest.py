@@ -137,11 +137,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory):
-    """Starts commands as processes that have imported torch already."""
+def forks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    """Starts commands as processes that have imported torch already, and what the module's IMPORTS names."""
     from tests.forked import Forks  # which needs `environment` from here
 
-    commands = Forks(tmp_path_factory.mktemp("commands"))
+    commands = Forks(tmp_path_factory.mktemp("commands"), *getattr(request.module, "IMPORTS", ()))
     yield commands
     commands.close()
 

@@ -27,7 +27,7 @@ from encdec_cli.models.parts import Part, divide
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.distributed import Ranks
 from tests.conftest import copy_task, environment
-from tests.forked import Command, Forks
+from tests.forked import Command
 from tests.test_resume import fingerprint
 
 SMALL = ("train.precision=fp32", "train.steps=24", "train.save_every=6", "train.validate_every=12", "train.log_every=4")
@@ -119,12 +119,8 @@ def trained(forks, world: int, *arguments: str | Path, **changes: str) -> list[C
     return commands
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory):
-    """As everywhere, and ready to share weights: that is seconds of imports."""
-    commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.sharding")
-    yield commands
-    commands.close()
+IMPORTS = ["encdec_cli.training.sharding"]
+"""What commands are to have imported, ready to share weights: it takes seconds."""
 
 
 @pytest.fixture(scope="module")

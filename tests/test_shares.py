@@ -19,7 +19,6 @@ from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.meter import Meter
 from encdec_cli.training.objective import CrossEntropy
 from encdec_cli.training.precision import Precision
-from tests.forked import Forks
 from tests.test_checkpointing import batches
 from tests.test_distributed import assert_same, masters, torchrun, trained
 
@@ -29,12 +28,8 @@ BRIEF += ("model.bias=false",)
 SHARD = "parallel.shard=true"
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory):
-    """As everywhere, and ready to share weights: that is seconds of imports."""
-    commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.sharding")
-    yield commands
-    commands.close()
+IMPORTS = ["encdec_cli.training.sharding"]
+"""What commands are to have imported, ready to share weights: it takes seconds."""
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.testing import LawError, check
 from encdec_cli.testing.parts import in_parts
 from tests.conftest import log_lines
-from tests.forked import Forks
 from tests.test_beforehand import told
 from tests.test_distributed import NO_FAULT, faulty, lose, trained
 
@@ -41,12 +40,8 @@ SHARED = "parallel.tensor=2"
 ROWS = ("parallel.shard=true",)
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory: pytest.TempPathFactory):
-    """As everywhere, and ready to share layers: that is seconds of imports."""
-    commands = Forks(tmp_path_factory.mktemp("commands"), "encdec_cli.training.tensor_parallel")
-    yield commands
-    commands.close()
+IMPORTS = ["encdec_cli.training.tensor_parallel"]
+"""What commands are to have imported, ready to share layers: it takes seconds."""
 
 
 def learned(model: Transformer) -> dict[str, Tensor]:

@@ -161,13 +161,28 @@ def part_of(ranks: Ranks) -> Part:
     return Part(ranks.place, ranks.tensor, lambda tensor: dist.all_reduce(tensor, group=ranks.mates))
 
 
-def brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
+def _brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:
     """Return the whole of what the mates of the first process have of a weight, to that; to others what they have."""
     if ranks.rank >= ranks.tensor:
         return own
     parts = [torch.empty_like(own) for _ in range(ranks.tensor)] if ranks.first else None
     dist.gather(own.contiguous(), parts, group=ranks.mates)
     return own if parts is None else cut.joined(parts)
+
+
+def gathered(
+    weights: Iterable[tuple[str, Tensor]], parts: Mapping[str, tuple[Cut, Part]], ranks: Ranks, whole: Model
+) -> dict[str, Tensor]:
+    """Return the weights in fp32 in the memory of the first process, tensor by tensor, and load its whole model."""
+    named = {}
+    with ranks.computing("gathering the weights"):
+        for name, value in weights:
+            full = _brought_together(value, parts[name][0], ranks) if name in parts else value
+            if ranks.first:
+                named[name] = (full.float() if full.is_floating_point() else full).cpu()
+    if ranks.first:
+        whole.load_state_dict(named)
+    return named
 
 
 def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:

@@ -27,7 +27,7 @@ from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
-from encdec_cli.training.layout import brought_together, part_of, save_in_parts, whole_of
+from encdec_cli.training.layout import gathered, part_of, save_in_parts, whole_of
 from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
@@ -80,15 +80,9 @@ class Sharded:
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Gather the weights, or their averages, in the memory of the first process, tensor by tensor; see `Layout`."""
-        named, averages, parts = {}, optimizer.averages(), parts_of(model)
-        with self.ranks.computing("gathering the weights"):
-            for name, value in model.state_dict().items():
-                full = _whole(value, averages.get(name)) if isinstance(value, DTensor) else value
-                full = brought_together(full, parts[name][0], self.ranks) if name in parts else full
-                if self.ranks.first:
-                    named[name] = (full.float() if full.is_floating_point() else full).cpu()
-        if self.ranks.first:
-            whole.load_state_dict(named)
+        averages, state = optimizer.averages(), model.state_dict().items()
+        own = ((name, _whole(value, averages.get(name))) for name, value in state)
+        named = gathered(own, parts_of(model), self.ranks, whole)
         return lambda: merged(whole, named)
 
     def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
@@ -99,8 +93,10 @@ class Sharded:
         save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.world)
 
 
-def _whole(weight: DTensor, rows: Tensor | None) -> Tensor:
-    """Gather a weight, or instead of its own rows those that are given."""
+def _whole(weight: Tensor, rows: Tensor | None) -> Tensor:
+    """Gather a weight, or instead of its own rows those that are given; one that has no rows is whole."""
+    if not isinstance(weight, DTensor):
+        return weight
     if rows is not None:
         layout = weight.device_mesh, weight.placements
         weight = DTensor.from_local(rows, *layout, shape=weight.shape, stride=weight.stride())

@@ -12,7 +12,7 @@ from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.layout import brought_together, check_same, part_of, save_in_parts, whole_of
+from encdec_cli.training.layout import check_same, gathered, part_of, save_in_parts, whole_of
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -48,15 +48,8 @@ class Divided:
 
     def weights(self, model: Model, optimizer: Optimizer, whole: Model) -> Callable[[], dict[str, Tensor]]:
         """Bring the weights together in the memory of the first process, tensor by tensor; see `Layout`."""
-        named, parts = {}, parts_of(model)
         own = model.state_dict() | optimizer.masters() | optimizer.averages()
-        with self.ranks.computing("gathering the weights"):
-            for name, value in own.items():
-                full = brought_together(value, parts[name][0], self.ranks) if name in parts else value
-                if self.ranks.first:
-                    named[name] = (full.float() if full.is_floating_point() else full).cpu()
-        if self.ranks.first:
-            whole.load_state_dict(named)
+        named = gathered(own.items(), parts_of(model), self.ranks, whole)
         return lambda: named
 
     def save(self, folder: Path, own: Checkpoint, pieces: Mapping[str, Piece]) -> None:
