@@ -133,7 +133,7 @@ INLINE void mask(float *weights, const void *bias, const struct attention_traini
     }
 }
 
-/* A row's exponentials: their sum, and 1 over it, as `share`. What is masked by -infinity is 0. */
+/* In the place of a row's scores the exponentials of what they are above `most`; what is masked by -infinity is 0. */
 INLINE void exponentials(float *row, int64_t length, float most) {
     for (int64_t j = 0; j < length; j += LANES) {
         floats x;

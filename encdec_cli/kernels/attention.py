@@ -5,16 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from encdec_cli.kernels.build import function, wide
-from encdec_cli.kernels.matrix import REGISTERING, shares, together
+from encdec_cli.kernels.matrix import shares, together
+from encdec_cli.kernels.operators import operators as known_operators
 
 WIDTH = 16
 """What the heads' width is a multiple of."""
@@ -76,8 +76,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causa
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
-        operators()
-        out, sums = torch.ops.encdec.attend(query, key, value, bias, causal)
+        out, sums = operators().attend(query, key, value, bias, causal)
         ctx.save_for_backward(query, key, value, bias, sums)
         ctx.causal = causal
         mixed: Tensor = out.transpose(1, 2)
@@ -87,29 +86,22 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
         *given, sums = ctx.saved_tensors
-        query, key, value = torch.ops.encdec.attend_backward(outer, *given, sums, ctx.causal)
+        query, key, value = operators().attend_backward(outer, *given, sums, ctx.causal)
         return query, key, value, None, None
 
 
 def operators() -> Any:
     """Return the operators of torch, `attend` and `attend_backward`; see `_forward` and `_backward`."""
-    with REGISTERING:
-        _registered()
-    return torch.ops.encdec
-
-
-@cache
-def _registered() -> Any:
-    """Let torch know both as operators, so that whoever counts or profiles what torch does sees them."""
     inputs = "Tensor query, Tensor key, Tensor value, Tensor? bias"
-    ours: Any = torch.library.Library("encdec", "FRAGMENT")  # type: ignore[no-untyped-call]
-    ours.define(f"attend({inputs}, bool causal) -> (Tensor, Tensor)")
-    ours.define(f"attend_backward(Tensor outer, {inputs}, Tensor sums, bool causal) -> (Tensor, Tensor, Tensor)")
-    ours.impl("attend", _forward, "CPU")
-    ours.impl("attend_backward", _backward, "CPU")
-    register_flop_formula(torch.ops.encdec.attend)(_flops)
-    register_flop_formula(torch.ops.encdec.attend_backward)(_backward_flops)
-    return ours
+    gradients = "(Tensor, Tensor, Tensor)"
+    return known_operators(
+        (f"attend({inputs}, bool causal) -> (Tensor, Tensor)", _forward, _flops),
+        (
+            f"attend_backward(Tensor outer, {inputs}, Tensor sums, bool causal) -> {gradients}",
+            _backward,
+            _backward_flops,
+        ),
+    )
 
 
 def _flops(query: Sequence[int], key: Sequence[int], *_: Any, **__: Any) -> int:

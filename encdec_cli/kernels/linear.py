@@ -8,16 +8,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.utils.flop_counter import register_flop_formula
 
 from encdec_cli.kernels.build import PANEL, function
-from encdec_cli.kernels.matrix import KINDS, REGISTERING, Struct, can_pack, shares, together
+from encdec_cli.kernels.matrix import KINDS, Struct, can_pack, shares, together
+from encdec_cli.kernels.operators import operators as known_operators
 
 _DEPTH = 512
 """Rows, or in bf16 pairs of rows, of what a gradient is made from that stay in the cache."""
@@ -44,25 +44,11 @@ def operators() -> Any:
     outputs], `linear_by_input(outer, weight)` makes that of x, and `linear_by_weight(outer, x)` those of weight and
     bias.
     """
-    with REGISTERING:
-        _registered()
-    return torch.ops.encdec
-
-
-@cache
-def _registered() -> Any:
-    """Let torch know them as operators, so that whoever counts or profiles what torch does sees them."""
-    ours: Any = torch.library.Library("encdec", "FRAGMENT")  # type: ignore[no-untyped-call]
-    for schema, work, flops in (
+    return known_operators(
         ("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _linear, _flops),
         ("linear_by_input(Tensor outer, Tensor weight) -> Tensor", _by_input, _flops),
         ("linear_by_weight(Tensor outer, Tensor x) -> (Tensor, Tensor)", _by_weight, _flops_by_weight),
-    ):
-        name = schema.split("(")[0]
-        ours.define(schema)
-        ours.impl(name, work, "CPU")
-        register_flop_formula(getattr(torch.ops.encdec, name))(flops)
-    return ours
+    )
 
 
 def _flops(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:

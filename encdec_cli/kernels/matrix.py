@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
-from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,8 +15,6 @@ from encdec_cli.kernels.build import PANEL, function, library
 
 SHARED_OUT = 1 << 24
 """From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
-REGISTERING = Lock()
-"""Held while operators are told to torch, which takes each but once; several threads may need one first."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
 
