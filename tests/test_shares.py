@@ -142,7 +142,8 @@ def test_outputs_that_a_model_in_shares_draws(forks, corpus, alone, tmp_path):
 
 
 def test_a_layer_that_is_computed_again_keeps_as_little_as_without_shares():
-    from encdec_cli.training.sharding import Gathered, Root, share_out
+    from encdec_cli.training.collective import Gathered
+    from encdec_cli.training.sharding import Root, share_out
 
     def read(shared: bool, checkpointing: bool) -> tuple[int, int]:
         torch.manual_seed(1)

@@ -54,7 +54,17 @@ class Bundle:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        return self._some_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the model computes in."""
+        return self._some_weight.dtype
+
+    @property
+    def _some_weight(self) -> Tensor:
+        # Once packed, which is done on a CPU alone, a model may have no parameter left.
+        return next(self.model.parameters(), torch.empty(0))
 
     @property
     def longest_source(self) -> int:
@@ -165,7 +175,7 @@ def load_alike(what: str, path: Path, bundle: Bundle, dtype: torch.dtype | None 
     Raises BundleError, which begins with `what`, where the vocabularies are others or positions are lacking.
     """
     try:
-        found = Bundle.load(path, str(bundle.device), dtype or next(bundle.model.parameters()).dtype)
+        found = Bundle.load(path, str(bundle.device), dtype or bundle.dtype)
     except BundleError as error:
         raise BundleError(f"{what} {error}") from error
     for side, ours, theirs in (("source", bundle.source, found.source), ("target", bundle.target, found.target)):

@@ -59,6 +59,10 @@ class Options:
         """Lines that are read and sorted together."""
         return max(WINDOW, self.batch)
 
+    def fitting(self, longest: int) -> int:
+        """Return how many sentences of at most so many source tokens are decoded together."""
+        return min(self.batch, max(1, self.batch * _TOKENS_PER_SENTENCE // (longest + 1)))
+
 
 @dataclass
 class Candidate:
@@ -246,7 +250,7 @@ def _groups(lines: list[_Line], options: Options) -> Iterator[list[_Line]]:
         batch = min(batch, max(-(-each // GROUPS), min(each, FEW)))
     start = 0
     while start < len(lines):
-        size = min(batch, max(1, options.batch * _TOKENS_PER_SENTENCE // (len(lines[start].job.source) + 1)))
+        size = min(batch, options.fitting(len(lines[start].job.source)))
         yield lines[start : start + size]
         start += size
 

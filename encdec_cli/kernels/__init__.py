@@ -12,14 +12,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from encdec_cli.kernels.attention import fit
 from encdec_cli.kernels.build import CHUNK as CHUNK
 from encdec_cli.kernels.build import function
 from encdec_cli.kernels.build import library as library
 from encdec_cli.kernels.build import wide as wide
-from encdec_cli.kernels.matrix import shares, together
+from encdec_cli.kernels.matrix import alike, shares, together
 
 WIDTH = 32
 """What rows are made of a multiple of."""
@@ -29,8 +28,6 @@ MOST_KEYS = 1 << 12
 """Weights of a query stand on the stack."""
 _COST = 64
 """What a number of a row costs, in multiplications of a product."""
-_PLAIN = (Tensor, Parameter)
-_TYPES = (torch.float32, torch.bfloat16)
 
 
 class _Attention(ctypes.Structure):
@@ -39,29 +36,19 @@ class _Attention(ctypes.Structure):
     )
 
 
-def usable(*tensors: Tensor) -> bool:
+def usable(*tensors: Tensor | None) -> bool:
     """Return whether the functions below take these tensors: on a CPU, of one type, without gradients.
 
     But for `attend`, tensors must be contiguous, which is not asked here.
     """
-    return not torch.is_grad_enabled() and _known(tensors)
+    return not torch.is_grad_enabled() and alike(*tensors)
 
 
-def learnable(*tensors: Tensor) -> bool:
+def learnable(*tensors: Tensor | None) -> bool:
     """Return whether functions that have gradients take these tensors: on a CPU, of one type, contiguous."""
-    if torch.compiler.is_compiling() or not _known(tensors) or not wide():
+    if torch.compiler.is_compiling() or not alike(*tensors) or not wide():
         return False
-    return all(one.is_contiguous() for one in tensors)
-
-
-def _known(tensors: Sequence[Tensor]) -> bool:
-    first = tensors[0]
-    if first.device.type != "cpu" or first.dtype not in _TYPES:
-        return False
-    for one in tensors:
-        if type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu":
-            return False
-    return library() is not None
+    return all(one is None or one.is_contiguous() for one in tensors)
 
 
 def scan(logits: Tensor, banned: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -128,7 +115,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
     weight, bias: [width].
     """
     width = x.shape[-1]
-    if not (usable(x, weight) if bias is None else usable(x, weight, bias)) or width % WIDTH or not x.is_contiguous():
+    if not usable(x, weight, bias) or width % WIDTH or not x.is_contiguous():
         return None
     out, bf16 = torch.empty_like(x), x.dtype == torch.bfloat16
     given = (weight.data_ptr(), None if bias is None else bias.data_ptr(), epsilon, centred)
@@ -143,9 +130,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, centred
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
     """Return whether `attend` takes these, which broadcast nothing but the bias."""
-    if key.shape[2] > MOST_KEYS or not fit(query, key, value, bias, WIDTH):
-        return False
-    return usable(query, key, value) if bias is None else usable(query, key, value, bias)
+    return key.shape[2] <= MOST_KEYS and fit(query, key, value, bias, WIDTH) and usable(query, key, value, bias)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:

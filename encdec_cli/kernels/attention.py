@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from encdec_cli.kernels.build import function, wide
-from encdec_cli.kernels.matrix import shares, together
+from encdec_cli.kernels.matrix import alike, shares, together
 from encdec_cli.kernels.operators import operators as known_operators
 
 WIDTH = 16
 """What the heads' width is a multiple of."""
 MOST = 512
 """Queries or keys; beyond them what a head needs no longer stays in the cache."""
-_TYPES = (torch.float32, torch.bfloat16)
 _TENSORS = ("query", "key", "value", "out", "query_change", "key_change", "value_change")
 
 
@@ -49,18 +48,12 @@ def fit(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, multiple
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> bool:
     """Return whether `attend` takes these."""
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or not wide():
+    if torch.compiler.is_compiling() or not alike(query, key, value, bias) or not wide():
         return False
-    given = [query, key, value, *([] if bias is None else [bias])]
-    if not _plain(given) or (bias is not None and bias.requires_grad):
+    if bias is not None and bias.requires_grad:
         return False
     queries, keys = query.shape[2], key.shape[2]
     return 0 < queries <= MOST and (queries if causal else 1) <= keys <= MOST and fit(query, key, value, bias, WIDTH)
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    dtype = tensors[0].dtype
-    return dtype in _TYPES and all(type(one) is Tensor and one.dtype == dtype for one in tensors)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:

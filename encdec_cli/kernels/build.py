@@ -29,7 +29,9 @@ CHUNK = 64
 """Logits under one maximum."""
 PANEL = 64
 """Outputs whose weights lie together."""
-_SIZES = (f"-DCHUNK={CHUNK}", f"-DPANEL={PANEL}")
+COLUMNS = 96
+"""Columns of a gradient that are turned together: six vectors."""
+_SIZES = (f"-DCHUNK={CHUNK}", f"-DPANEL={PANEL}", f"-DCOLUMNS={COLUMNS}")
 _ONE_AT_A_TIME = Lock()
 
 

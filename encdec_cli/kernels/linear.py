@@ -13,25 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
-from encdec_cli.kernels.build import PANEL, function
-from encdec_cli.kernels.matrix import KINDS, Struct, can_pack, shares, together
+from encdec_cli.kernels.build import COLUMNS, PANEL, function
+from encdec_cli.kernels.matrix import KINDS, Struct, alike, can_pack, shares, together
 from encdec_cli.kernels.operators import operators as known_operators
 
 _DEPTH = 512
 """Rows, or in bf16 pairs of rows, of what a gradient is made from that stay in the cache."""
-_COLUMNS = 96
-"""COLUMNS of `products.c`."""
 
 
 def can_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the operators take x [..., inputs], weight [outputs, inputs] and bias [outputs]."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+    if not alike(x, weight, bias) or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         return False
-    for one in (x, weight) if bias is None else (x, weight, bias):
-        if one.dtype != x.dtype or type(one) not in (Tensor, Parameter):
-            return False
     if bias is not None and not (bias.shape == weight.shape[:1] and bias.is_contiguous()):
         return False
     return can_pack(x.dtype, weight.shape[1]) and can_pack(x.dtype, weight.shape[0])
@@ -86,7 +80,7 @@ def _by_weight(outer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     matrix, _kept = _room(x.dtype, min(rows, at_once), outputs, False)
     kept = torch.empty(width * matrix.panels * PANEL if rows > at_once else 0, dtype=torch.float32)
     parts = shares(matrix.panels, rows * width * outputs)
-    sums = torch.zeros((len(parts), -(-width // _COLUMNS) * _COLUMNS), dtype=torch.float32)
+    sums = torch.zeros((len(parts), -(-width // COLUMNS) * COLUMNS), dtype=torch.float32)
     out = x.new_empty((width, outputs))
     given = (outer.data_ptr(), rows, width, x.data_ptr(), out.data_ptr())
     call, place = function("map_columns"), ctypes.addressof(matrix)

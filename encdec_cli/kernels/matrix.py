@@ -10,12 +10,14 @@ from functools import cache, partial
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from encdec_cli.kernels.build import PANEL, function, library
 
 SHARED_OUT = 1 << 24
 """From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_PLAIN = (Tensor, Parameter)
 _DIVISORS = {torch.float32: 1, torch.bfloat16: 2, torch.int8: 32}
 
 
@@ -79,6 +81,17 @@ class Matrix:
         padded = x.new_zeros((self.panels * PANEL, *x.shape[1:]))
         padded[: self.outputs] = x.detach()
         return padded
+
+
+def alike(*tensors: Tensor | None) -> bool:
+    """Return whether there are C functions and they take these: on a CPU, all float32 or all bfloat16."""
+    first = tensors[0]
+    if first is None or first.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    for one in tensors:
+        if one is not None and (type(one) not in _PLAIN or one.dtype != first.dtype or one.device.type != "cpu"):
+            return False
+    return library() is not None
 
 
 def can_pack(dtype: torch.dtype, inputs: int) -> bool:

@@ -24,10 +24,9 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, c
 
     weight, bias: [width].
     """
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if not torch.is_grad_enabled() or not any(one.requires_grad for one in tensors):
+    if not torch.is_grad_enabled() or not any(one is not None and one.requires_grad for one in (x, weight, bias)):
         return kernels.norm(x, weight, bias, epsilon, centred)
-    if x.shape[-1] % kernels.WIDTH or weight.shape != x.shape[-1:] or not kernels.learnable(*tensors):
+    if x.shape[-1] % kernels.WIDTH or weight.shape != x.shape[-1:] or not kernels.learnable(x, weight, bias):
         return None
     return _Norm.apply(x, weight, bias, epsilon, centred)  # type: ignore[no-untyped-call, no-any-return]
 

@@ -220,9 +220,9 @@ void map_rows(const void *x, int64_t rows, const void *weight, const void *bias,
     else multiply(x, rows, m, 0, out, first, last, 0, 0, FLOATS);
 }
 
-#define COLUMNS (ROWS * LANES) /* that are turned together */
+_Static_assert(COLUMNS == ROWS * LANES, "a vector of each row of a tile");
 #define AHEAD 16 /* rows, or pairs of them, that are asked for before they are read */
-#define MORE 1                 /* a row of each block is written past its end */
+#define MORE 1   /* a row of each block is written past its end */
 
 /* To `to` [LANES, depth + MORE, ROWS] words of COLUMNS columns of x [rows, width], in the order in which tiles read
  * them; and to sums their sums, added to what is there. */

@@ -100,7 +100,7 @@ def dropout(x: Tensor, p: float, onto: Tensor | None = None) -> Tensor:
         return x if onto is None else onto + x
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # which has random numbers of its own
         found = F.dropout(x, p)
-    elif kernels.learnable(x) if onto is None else onto.shape == x.shape and kernels.learnable(x, onto):
+    elif kernels.learnable(x, onto) and (onto is None or onto.shape == x.shape):
         return _Dropout.apply(x, p, onto)  # type: ignore[no-untyped-call, no-any-return]
     else:
         found = x * keep_mask(x.shape, p, x.dtype)

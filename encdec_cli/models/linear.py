@@ -15,8 +15,8 @@ MUCH = 1 << 22
 """From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs 0.4 ms."""
 ENOUGH = 1 << 20
 """From this many on our own products are used, if there are enough rows too: to pack the matrix takes a while."""
-ROWS, ROWS_TO_LEARN = 512, 32
-"""Enough rows; fewer where gradients are wanted, since micro-batches have many shapes, each new to oneDNN."""
+ROWS = 32
+"""Enough rows: with fewer, to pack the matrix takes longer than oneDNN to make a kernel for one more shape."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # the compiler makes products of its own
         return F.linear(x, weight, bias)
     much, learning = x.numel() * len(weight), torch.is_grad_enabled()
-    enough = much >= ENOUGH and x.numel() >= x.shape[-1] * (ROWS_TO_LEARN if learning else ROWS)
+    enough = much >= ENOUGH and x.numel() >= x.shape[-1] * ROWS
     ours = enough and can_map(x, weight, bias)
     if not ours and (much < MUCH or _ONEDNN is None or x.dtype not in _TYPES[: 1 if learning else 2]):
         return F.linear(x, weight, bias)

@@ -7,6 +7,7 @@ https://arxiv.org/abs/2208.07339). Products of integers are exact, whatever the 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -94,6 +95,16 @@ def int8_supported() -> bool:
         return can_pack(torch.int8, 32) or torch.equal(QuantisedLinear(one.char(), torch.ones(32), None)(one), one)
     except (RuntimeError, AttributeError):
         return False
+
+
+def packed(model: Model) -> Model:
+    """Return a copy of a model that is packed, or the model itself where that brings nothing."""
+    some = next(model.parameters())
+    if model.compiled or some.device.type != "cpu" or not can_pack(some.dtype, 1 << 5):
+        return model
+    copy = deepcopy(model)
+    pack(copy)
+    return copy
 
 
 def pack(model: Model, int8: bool = False) -> None:

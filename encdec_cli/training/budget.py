@@ -52,7 +52,7 @@ def _largest(trainer: Trainer, longest: int) -> int:
     ladder = [longest, *(step for step in _ladder() if longest < step <= MOST)]
     first = max(_FIRST, longest)
     usual = need(trainer, first)
-    guess = first * (limit - usual.gradients) / max(1, usual.growth - usual.gradients)
+    guess = first * (limit - usual.gradients) / max(1, usual.activations + usual.waste)
     for tokens in reversed([step for step in ladder if step <= guess] or ladder[:1]):
         if need(trainer, tokens).growth <= limit:
             return tokens

@@ -7,14 +7,15 @@ from encdec_cli.training.trainer import Trainer
 
 
 def need(trainer: Trainer, tokens: int = 0) -> Need:
-    """Predict the memory of training by computing parts of its largest micro-batch.
+    """Predict the memory of training by computing parts of its largest micro-batch, and of a validation.
 
     tokens: of a micro-batch, if they are to be other than the run's.
     """
     sampler = trainer.sampler_of(tokens) if tokens else trainer.sampler
     vocabulary = len(trainer.setting.data.target.vocabulary)
     parts = trainer.gradients, trainer.optimizer, trainer.train.accumulate
-    return Forecast(*parts, vocabulary, trainer.first).need(trainer.largest(sampler))
+    decoding = trainer.validation.peak(trainer.bundle)
+    return Forecast(*parts, vocabulary, trainer.first, decoding).need(trainer.largest(sampler))
 
 
 def try_largest(trainer: Trainer) -> tuple[int, int, int]:

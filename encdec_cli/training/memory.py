@@ -54,11 +54,13 @@ class Need:
     """What the allocator keeps and nobody uses."""
     saving: int
     """The copy of the optimizer's state that becomes a checkpoint, when gradients and activations are gone."""
+    validation: int
+    """What decodes the validation examples, when gradients and activations are gone."""
 
     @property
     def growth(self) -> int:
         """What is still to come when model and optimizer stand."""
-        return max(self.gradients + self.activations + self.waste, self.saving)
+        return max(self.gradients + self.activations + self.waste, self.saving, self.validation)
 
     @property
     def total(self) -> int:
@@ -78,6 +80,8 @@ class Forecast:
     """Of the target."""
     load: Callable[[Ints], Batch]
     """Makes a micro-batch, on the device, of training examples."""
+    decoding: int = 0
+    """The most bytes alive while the validation examples are decoded."""
 
     def need(self, rows: Ints) -> Need:
         """Predict what updates take whose largest micro-batch has these examples, as `Sampler.cut` orders them."""
@@ -105,16 +109,17 @@ class Forecast:
             activations=activations,
             waste=round(waste * (activations + sums)),
             saving=_bytes(state) if device.type == "cpu" else 0,
+            validation=round((1 + waste) * self.decoding),
         )
 
     def _sizes(self, rows: Ints) -> tuple[int, int]:
-        """Return the rows of two samples. Both fill a chunk of logits if the whole batch does."""
-        first = self.load(rows[:2]).known_target
-        longest = first.shape[1]
-        tokens = max(_FEW, chunk_of(first.device) // self.vocabulary)
-        if len(rows) * longest < tokens:
-            tokens = min(_FEW, len(rows) * longest // 4)
-        few = min(len(rows), max(2, -(-tokens // longest)))  # the first two hold the longest sides
+        """Return the rows of two samples. Both fill two chunks of logits, which stand together, if the batch does."""
+        batch = self.load(rows)
+        written = batch.target_lengths.cumsum(0)
+        total, tokens = int(written[-1]), max(_FEW, 2 * chunk_of(batch.source.device) // self.vocabulary + 1)
+        if total < tokens:
+            tokens = min(_FEW, total // 4)
+        few = min(len(rows), max(2, 1 + int((written < tokens).sum())))  # the first two hold the longest sides
         return few, min(len(rows), 2 * few)
 
     def _waste(self, batch: Batch, peak: int) -> float:

@@ -10,9 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +19,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from encdec_cli.bundle.checkpoint import Checkpoint
-from encdec_cli.data.batch import Batch
-from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
+from encdec_cli.training.collective import CollectiveGradients
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.gradients import Gradient
 from encdec_cli.training.layout import gathered, part_of, save_in_parts, whole_of
 from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
@@ -57,9 +53,9 @@ class Sharded:
 
     def gradients(
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
-    ) -> ShardedGradients:
+    ) -> CollectiveGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
-        return ShardedGradients(self._root, parameters, objective, self.ranks)
+        return CollectiveGradients(model, self._root, parameters, objective, self.ranks)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -139,49 +135,3 @@ def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
         if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-class ShardedGradients:
-    """Computes micro-batches in turn and gives this process's rows of the sum of all processes' gradients.
-
-    Its calls are those of `Gradients`; every process must ask for as many micro-batches.
-    """
-
-    workers = 1
-
-    def __init__(self, root: Root, parameters: Sequence[nn.Parameter], objective: Objective, ranks: Ranks) -> None:
-        self.ranks = ranks
-        self.root = root
-        self.model = root.model
-        self.parameters = parameters
-        self.objective = objective
-
-    def close(self) -> None:
-        """Do nothing: there are no threads."""
-
-    def of(
-        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
-    ) -> Iterator[Gradient]:
-        """Yield the loss of each micro-batch of this process, and the sum of gradients it is part of."""
-        self.model.train()
-        for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
-            own_seed = (seed * 1_000_003 + number) % (1 << 63)
-            torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
-            with self.ranks.computing("a micro-batch"):
-                with drawing(own_seed):
-                    loss = self.root(partial(self.objective, self.model, batch, Gathered(self.model), weight))
-                loss.backward()
-            gradients: list[Any] = [parameter.grad for parameter in self.parameters]
-            for parameter in self.parameters:
-                parameter.grad = None
-            yield float(loss.detach()) / weight, tuple(g.to_local() if isinstance(g, DTensor) else g for g in gradients)
-
-
-class Gathered:
-    """The parameters as they are when somebody looks: those of a gathered unit are whole."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-
-    def __iter__(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()

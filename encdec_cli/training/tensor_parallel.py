@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from encdec_cli.bundle.checkpoint import Checkpoint
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import Piece, divide, parts_of
+from encdec_cli.training.collective import CollectiveGradients, Work
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.layout import check_same, gathered, part_of, save_in_parts, whole_of
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
-from encdec_cli.training.sharding import Root, ShardedGradients
 
 
 class Divided:
@@ -37,10 +37,10 @@ class Divided:
 
     def gradients(
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
-    ) -> ShardedGradients:
+    ) -> CollectiveGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
         self._precision.apply(model)
-        return ShardedGradients(Root(model), parameters, objective, self.ranks)
+        return CollectiveGradients(model, _as_it_is, parameters, objective, self.ranks)
 
     def alone(self) -> AbstractContextManager[None]:
         """Do nothing but wait for the others: the mates compute together whatever they compute; see `Layout`."""
@@ -59,3 +59,7 @@ class Divided:
         check_same(self.ranks, what, (tensor for name, tensor in own.tensors.items() if name not in pieces))
         mine = {name: tensor for name, tensor in own.tensors.items() if self.ranks.first or name in pieces}
         save_in_parts(self.ranks, folder, own, mine, pieces, self.ranks.tensor)
+
+
+def _as_it_is(work: Work) -> Tensor:
+    return work()

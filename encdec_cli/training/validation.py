@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -12,12 +13,15 @@ from encdec_cli.data.batch import collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.errors import DataError, StoppedError
-from encdec_cli.evaluation.metrics import Metric, score
+from encdec_cli.evaluation.metrics import Metric, score, try_out
 from encdec_cli.generation.lines import Options, first_text, generate
+from encdec_cli.models.packed import packed
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
 from encdec_cli.text.windows import full_windows
+from encdec_cli.training.decoding_peak import decoding_peak
 from encdec_cli.training.loss import log_probs, real_rows
+from encdec_cli.training.meter import Meter
 from encdec_cli.training.signals import Stop
 
 _TOKENS = 4096
@@ -39,6 +43,8 @@ class Validation:
         self.examples = examples[:lines] if lines else examples
         self.store = data.store("valid")
         self.data_hash = data.data_hash
+        self._never_decodes = self.metric.needs_model or not recipe.train.validate_every
+        self._peak: int | None = None
         if recipe.train.validate_every and not len(self.store):
             raise DataError(
                 "data: no validation example; give the data section a `valid` split, or set train.validate_every=0, "
@@ -84,16 +90,32 @@ class Validation:
             tokens += len(labels)
         return total / tokens
 
+    def peak(self, bundle: Bundle) -> int:
+        """Predict the most bytes alive, beside the weights, while the examples are decoded; 0 if they never are."""
+        if self._never_decodes:
+            return 0
+        if self._peak is None:
+            try_out(self.metric)  # what it imports is then there before anybody looks at what the process has
+            lengths = zip(self.store.source_lengths.tolist(), self.store.target_lengths.tolist(), strict=True)
+            with Meter() as meter:
+                ready = self._ready(bundle)
+            self._peak = meter.live + decoding_peak(ready, self.options, list(lengths)[: len(self.examples)])
+        return self._peak
+
     def try_longest(self, bundle: Bundle) -> None:
         """Decode one batch of the longest sources."""
-        bundle.model.eval()
         longest = sorted(self.examples, key=lambda example: -len(example.source))[: self.options.batch]
-        list(generate([bundle], [longest], self.options))
+        list(generate([self._ready(bundle)], [longest], self.options))
+
+    def _ready(self, bundle: Bundle) -> Bundle:
+        """Return the bundle with a model that decodes fast."""
+        bundle.model.eval()
+        return replace(bundle, model=packed(bundle.model))
 
     def _decoded(self, bundle: Bundle, stop: Stop) -> dict[str, float]:
         hypotheses: list[str] = []
         windows = full_windows(self.examples, self.options.window)
-        for result in generate([bundle], windows, self.options):
+        for result in generate([self._ready(bundle)], windows, self.options):
             _leave(stop)
             hypotheses.append(first_text(result))
         references = [[example.target or "" for example in self.examples]]

@@ -1,0 +1,80 @@
+"""Gradients of a model that processes hold in shares or parts: each micro-batch is computed by all of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from encdec_cli.data.batch import Batch
+from encdec_cli.models.dropout import drawing
+from encdec_cli.models.model import Model
+from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.objective import Objective
+
+Work = Callable[[], Tensor]
+
+
+class CollectiveGradients:
+    """Computes micro-batches in turn and gives this process's own rows of the gradients.
+
+    Its calls are those of `Gradients`; every process must ask for as many micro-batches.
+
+    Args:
+        model: what this process has of it.
+        around: does the work that it is given, the loss of a micro-batch, where the model can be called.
+        parameters: those that learn.
+        objective: what is differentiated.
+        ranks: all processes.
+    """
+
+    workers = 1
+
+    def __init__(
+        self,
+        model: Model,
+        around: Callable[[Work], Tensor],
+        parameters: Sequence[nn.Parameter],
+        objective: Objective,
+        ranks: Ranks,
+    ) -> None:
+        self.model = model
+        self.around = around
+        self.parameters = parameters
+        self.objective = objective
+        self.ranks = ranks
+
+    def close(self) -> None:
+        """Do nothing: there are no threads."""
+
+    def of(
+        self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
+    ) -> Iterator[Gradient]:
+        """Yield the loss of each micro-batch of this process, and the sum of gradients it is part of."""
+        self.model.train()
+        for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
+            own_seed = (seed * 1_000_003 + number) % (1 << 63)
+            torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
+            with self.ranks.computing("a micro-batch"):
+                with drawing(own_seed):
+                    loss = self.around(partial(self.objective, self.model, batch, Gathered(self.model), weight))
+                loss.backward()  # type: ignore[no-untyped-call]
+            gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+            for parameter in self.parameters:
+                parameter.grad = None
+            # A DTensor by its method: its module takes a second to import.
+            yield float(loss.detach()) / weight, tuple(g.to_local() if hasattr(g, "to_local") else g for g in gradients)
+
+
+class Gathered:
+    """The parameters as they are when somebody looks: those of a gathered unit are whole."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return self.model.parameters()
