@@ -87,16 +87,19 @@ class Forecast:
         """Predict what updates take whose largest micro-batch has these examples, as `Sampler.cut` orders them."""
         model, parameters = self.gradients.model, self.gradients.parameters
         few, more = self._sizes(rows)
-        peaks = [read(model, self.gradients.objective, parameters, self.load(rows[:size])).peak for size in (few, more)]
-        each = (peaks[1] - peaks[0]) / max(1, more - few)
+        first, second = (read(model, self.gradients.objective, parameters, self.load(rows[:n])) for n in (few, more))
+        further = (len(rows) - few) / max(1, more - few)
+        # Which of both phases is the worse one may change with the rows; each grows evenly.
+        phases = (first.forward, second.forward), (first.backward, second.backward)
+        peak = max(one + round(further * (other - one)) for one, other in phases)
         device = parameters[0].device
-        waste = self._waste(self.load(rows[:more]), peaks[1]) if device.type == "cpu" else 0.0
+        waste = self._waste(self.load(rows[:more]), second.peak) if device.type == "cpu" else 0.0
         model_bytes = [*model.parameters(), *model.buffers()]
         state = list(self.optimizer.state().values())
         weights = _bytes(model_bytes)
         sums = 4 * sum(parameter.numel() for parameter in parameters)
         together = self.gradients.workers
-        activations = together * (peaks[0] + round(each * (len(rows) - few)))
+        activations = together * peak
         if self.accumulate <= together:  # the sums are made after the last activation is gone
             activations = max(0, activations - sums)
         optimizer = _bytes([*model_bytes, *state]) - weights  # a parameter in fp32 is its own master

@@ -99,8 +99,15 @@ class Reading:
     flops: int
     saved: int
     """Bytes kept from the forward pass for the backward pass."""
-    peak: int
-    """Bytes alive at the worst moment, beside the weights and the batch."""
+    forward: int
+    """Bytes alive at the worst moment until the loss is known, beside the weights and the batch."""
+    backward: int
+    """The same from there on."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes alive at the worst moment of all."""
+        return max(self.forward, self.backward)
 
 
 def read(model: Model, objective: Objective, parameters: Sequence[nn.Parameter], batch: Batch) -> Reading:
@@ -108,10 +115,10 @@ def read(model: Model, objective: Objective, parameters: Sequence[nn.Parameter],
     model.train()
     with _undisturbed(model), drawing(0), Meter() as meter:
         loss = objective(model, batch, parameters, 1.0)
-        saved = meter.live
+        saved, forward, meter.peak = meter.live, meter.peak, meter.live
         torch.autograd.grad(loss, parameters, allow_unused=True)
         del loss
-    return Reading(meter.flops, saved, meter.peak)
+    return Reading(meter.flops, saved, forward, meter.peak)
 
 
 @contextmanager
