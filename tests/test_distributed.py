@@ -38,6 +38,7 @@ FAULTY = '''\
 import os
 import signal
 import time
+from dataclasses import replace
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.models.transformer import Transformer
@@ -60,6 +61,8 @@ Trainer.update = update
 def perhaps(place):
     seen[place] += 1
     rank, where, call, harm = os.environ["FAULT"].split(":")
+    if harm == "nan" and os.environ["RANK"] == rank and where == place and int(call) <= seen[place] < int(call) + 2:
+        return harm  # the second time it is asked for what was wrong
     if os.environ["RANK"] != rank or where != place or seen[place] != int(call):
         return
     if harm == "raise":
@@ -69,7 +72,7 @@ def perhaps(place):
     if harm == "sleep":
         time.sleep(1000)
     if harm == "drift":
-        return True
+        return harm
     os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
 
 
@@ -81,9 +84,12 @@ class Faulty(Transformer):
         pass
 
     def encode(self, source, mask):
-        if (updating or not self.training) and perhaps("update" if self.training else "judge"):
+        place = "update" if self.training else "judge"
+        harm = perhaps(place) if updating or not self.training else None
+        if harm == "drift":
             self.target_embedding.weight.data[5, 5] += 1
-        return super().encode(source, mask)
+        found = super().encode(source, mask)
+        return replace(found, states=found.states * float("nan")) if harm == "nan" else found
 
 
 def write_part(*arguments, write=checkpoint.write_part):
@@ -358,6 +364,20 @@ def faulty(corpus: Path, folder: Path) -> Path:
     recipe = folder / "recipe.yaml"
     recipe.write_text(f"plugins: [faulty.py]\n{corpus.read_text()}".replace("name: transformer", "name: faulty"))
     return recipe
+
+
+@pytest.mark.parametrize("more", [(), pytest.param((SHARD,), marks=pytest.mark.slow)])
+def test_a_loss_that_is_no_number_in_one_process_touches_no_weight_of_any(forks, corpus, tmp_path, more):
+    options = (faulty(corpus, tmp_path), *TWO, *more, "--output")
+    commands = launch(forks, 2, *options, tmp_path / "stopped", FAULT="1:update:9:nan")
+    assert [command.wait() for command in commands] == [7, 7], [command.stderr for command in commands]
+    # The 18th micro-batch is the second of the ninth update; what the other process had is not accused.
+    assert re.search(r"update 9: loss nan, gradient norm nan, from batch \d+ of epoch \d+ \(", commands[0].stderr)
+    assert commands[0].stderr.count("of epoch") == 1
+    assert commands[1].stderr == ""
+    told = trained(forks, 2, *options, tmp_path / "run", "--on-nan=skip", FAULT="1:update:9:nan")
+    assert re.search(r"update 9: loss nan.* left out\n", told[0].stderr)
+    assert all(bool(value.isfinite().all()) for value in masters(tmp_path / "run").values())
 
 
 def lose(forks, options, fault: str) -> None:

@@ -138,6 +138,14 @@ def test_neither_needs_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_watch_tells_what_a_run_costs_as_far_as_it_is_known(tmp_path):
+    last = train(20, 10.0) | {"padding": 0.0162}
+    last["clock"] |= {"mfu": 0.304, "spent": {"hours": 0.58, "kwh": 0.0123, "price": 1.4}}
+    told = encdec("watch", made(tmp_path / "a", [last], {"step": 20})).stdout
+    assert "cost: 1.6% padding, 30% of the machine's ceiling, 0.0123 kWh, price 1.40\n" in told
+    assert "cost" not in encdec("watch", made(tmp_path / "b", LINES, {"step": 20})).stdout
+
+
 def test_what_is_no_run_is_a_sentence(tmp_path):
     done = encdec("watch", tmp_path)
     assert done.returncode == 2
@@ -163,6 +171,20 @@ def test_compare_lays_recipes_and_scores_side_by_side(tmp_path):
     assert value["runs"][1]["best"] == 30.0
     assert [point["step"] for point in value["runs"][0]["valid"]] == [20, 40, 60]
     assert value["runs"][0]["valid"][1] == {"step": 40, "loss": 1.25, "bleu": 31.0, "tokens": 400, "seconds": 21.0}
+
+
+def test_compare_shows_the_training_loss_of_a_run_without_validations(tmp_path):
+    lines = [train(step, float(step)) | {"loss": 100 / step} for step in range(10, 310, 10)]
+    first = made(tmp_path / "a", lines, {"step": 300})
+    rows = [
+        row.split() for row in encdec("compare", first, made(tmp_path / "b", LINES, {"step": 20})).stdout.split("\n")
+    ]
+    assert rows[2] == ["UPDATES", "a", "loss", "b", "bleu"]
+    # Every third of thirty from the last one on, and the other's validation.
+    points = [row[0] for row in rows[3 : rows.index([], 3)]]
+    assert points == ["20", *(str(step) for step in range(30, 301, 30))]
+    assert rows[3] == ["20", "30"]
+    assert rows[4] == ["30", "3.333"]
 
 
 def test_compare_names_a_run_that_has_not_begun(tmp_path):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encdec_cli.data import bands
+from encdec_cli.data.bands import by_length
 from encdec_cli.data.sampler import Sampler, splitmix64
 from encdec_cli.errors import DataError, UsageError
+from tests.reliability import figures
+from tests.reliability.bench import Bench
 
 
 def lengths(count: int, seed: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -61,15 +67,49 @@ def test_each_example_once_and_never_over_the_budget(pairs, tokens, epoch, windo
 @settings(max_examples=50, deadline=None)
 @given(sizes, st.integers(31, 200))
 def test_batches_are_cut_as_by_going_through_the_sorted_examples_one_by_one(pairs, tokens):
+    source, target = np.array(pairs).T + 1
     batches: list[list[tuple[int, int]]] = [[]]
-    for pair in sorted(pairs, key=lambda pair: (pair[1], pair[0] if pair[1] % 2 == 0 else -pair[0])):
-        longer = [*batches[-1], pair]
+    for number in by_length(source, target, tokens).tolist():
+        longer = [*batches[-1], pairs[number]]
         if len(longer) * (max(max(pair) for pair in longer) + 1) > tokens:
-            batches.append([pair])
+            batches.append([pairs[number]])
         else:
             batches[-1] = longer
-    plan = Sampler(*np.array(pairs).T, tokens, "data", 1).batches(0)
+    plan = Sampler(source - 1, target - 1, tokens, "data", 1).batches(0)
     assert sorted(sorted(pairs[number] for number in batch) for batch in plan) == sorted(map(sorted, batches))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(1, 6)), min_size=1, max_size=40), st.integers(13, 60))
+def test_bands_are_those_with_the_least_padding(pairs, tokens):
+    """Of all ways to cut the target lengths into bands, by brute force."""
+    source, target = np.array(pairs).T
+    order = by_length(source, target, tokens)
+    assert sorted(order.tolist()) == list(range(len(pairs)))
+    runs = [pair for pair, _ in itertools.groupby(pairs[number] for number in order)]
+    assert len(runs) == len(set(runs))  # equally long examples stand together
+    lengths = np.unique(target)
+    ways = (subset for count in range(len(lengths)) for subset in itertools.combinations(lengths[1:].tolist(), count))
+    least = min(of_bands(source, target, way, tokens) for way in ways)
+    assert of_bands(source, target, bands._bands(source, target, tokens).tolist(), tokens) == least
+
+
+def of_bands(source: np.ndarray, target: np.ndarray, starts: Sequence[int], tokens: int) -> int:
+    band = np.searchsorted(starts, target, side="right") if len(starts) else np.zeros(len(target), int)
+    return sum(bands._padding(*sides_of(source[band == b], target[band == b]), tokens) for b in np.unique(band))
+
+
+def sides_of(source: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.lexsort((source, target))
+    return source[order], target[order]
+
+
+def test_the_padding_of_a_band_is_that_of_its_batches():
+    source, target = np.array([5, 2, 3, 4]), np.array([1, 2, 2, 1])
+    # Sorted by source and cut at 8 tokens: sources 2 and 3, 4 alone, 5 alone.
+    assert bands._padding(source, target, 8) == 1
+    # Cut at 10: 2, 3 and then 4, 5: one more in each source.
+    assert bands._padding(source, target, 10) == 2
 
 
 def test_the_order_is_a_pure_function_of_data_seed_and_epoch():
@@ -122,6 +162,12 @@ def test_resuming_at_any_update_goes_on_as_if_never_stopped(window):
         assert take(sampler(window=window), 2, step=step, accumulate=2)[0] == straight[step]
 
 
+def test_ranks_share_one_order_wherever_they_are_resumed(tmp_path):
+    bench = Bench(tmp_path, 1, 0.1)
+    with closing(bench.forks):
+        assert not [problem for _, problem in figures.order(bench) if problem]
+
+
 @pytest.mark.parametrize("window", [150, 1_000_000])
 def test_an_epoch_border_in_the_middle_of_an_update(window):
     plan = sampler(window=window)
@@ -132,17 +178,21 @@ def test_an_epoch_border_in_the_middle_of_an_update(window):
     assert plan.place(len(plan), accumulate=3) == (3, 0)
 
 
-def padding(plan: Sampler, side: np.ndarray) -> float:
-    padded = sum(len(batch) * (side[batch].max() + 1) for batch in plan.batches(2))
-    return 1 - (side + 1).sum() / padded
+def padding(plan: Sampler, *sides: np.ndarray) -> float:
+    padded = sum(len(batch) * (side[batch].max() + 1) for batch in plan.batches(2) for side in sides)
+    return 1 - sum((side + 1).sum() for side in sides) / padded
 
 
 def test_padding_is_small():
     source, target = lengths(20_000)
-    plan = sampler(20_000, 4096)
-    assert padding(plan, target) < 0.03
-    assert padding(plan, source) < 0.20  # at random it would be more than 0.6
-    assert padding(sampler(20_000, 1000, window=5000), target) < 0.05
+    bands_ = padding(sampler(20_000, 4096), source, target)
+    assert bands_ < 0.08  # at random it would be more than 0.6
+    order = np.lexsort((np.where(target % 2 == 0, source, -source), target))
+    cuts = bands.cut(np.maximum(source, target)[order] + 1, 4096)
+    rows = [order[begin:end] for begin, end in itertools.pairwise(cuts)]
+    padded = sum(len(some) * (side[some].max() + 1) for some in rows for side in (source, target))
+    assert bands_ < 0.8 * (1 - (source + target + 2).sum() / padded)  # than each target length by itself
+    assert padding(sampler(20_000, 1000, window=5000), source, target) < 0.07
 
 
 def test_an_example_over_the_budget_is_named():

@@ -26,7 +26,9 @@ NEW = {
     "task.source_language": "xx",
     "precision": "bf16",
     "data_hash": "another",
+    "device": "a GPU",
     "version of torch": "9.9",
+    "version of safetensors": "9.9",
     "version of encdec": "9.9",
     "version of my_model.py": "another hash",
 }
@@ -37,10 +39,10 @@ NEW = {
 def facts(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("recipe") / "r.yaml"
     path.write_text("task: {name: translation}\ndata: {name: cldr}\n")
-    return resume.facts(recipe.load(path), "hash", "fp32") | {
+    return resume.facts(recipe.load(path), "hash", "fp32", "cpu") | {
         "compiled": False,
         "kernels": False,
-        "versions": {"encdec": "1", "torch": "2", "my_model.py": "hash"},
+        "versions": {"encdec": "1", "torch": "2", "safetensors": "3", "my_model.py": "hash"},
     }
 
 

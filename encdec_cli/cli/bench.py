@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from encdec_cli.cli.options import DeviceOption, ModelOption, OverridesArgument, PluginOption, RunOption
+from encdec_cli.cli.options import DeviceOption, OverridesArgument, PluginOption, RunOption
 
 if TYPE_CHECKING:
     from encdec_cli.evaluation.metrics import Metric
@@ -23,7 +23,9 @@ def bench(
     ] = None,
     overrides: OverridesArgument = None,
     output: RunOption = None,
-    model: ModelOption = None,
+    model: Annotated[
+        Path | None, typer.Option("--model", "-m", metavar="PATH", help="Measure how fast this bundle or run decodes.")
+    ] = None,
     beams: Annotated[str, typer.Option("--beams", metavar="N,N,…", help="Beam widths to try with --model.")] = "1,2,5",
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,N,…", help="Sentences decoded together; 0 is the usual number.")

@@ -23,6 +23,8 @@ class By(str, Enum):
     time = "time"
 
 
+_POINTS = 12
+"""Training losses at most that stand for a run without validations."""
 _FIELD = {By.updates: "step", By.tokens: "tokens", By.time: "seconds"}
 
 
@@ -37,7 +39,7 @@ def compare(
     """Lay runs such as runs/mt side by side: where their recipes differ, their scores at the same point, their ends.
 
     A point is an update, a number of target tokens, or a time of training; each run shows its last validation up to
-    there. Runs that still learn can be compared as well.
+    there, or where it has none its training loss. Runs that still learn can be compared as well.
     """
     import json
 
@@ -80,10 +82,9 @@ def _cell(value: Any) -> str:
 
 
 def _curves(histories: Sequence[History], names: Sequence[str], by: By) -> list[list[str]]:
-    """Return a row for each point at which any run was validated; a run is blank outside its own."""
+    """Return a row for each point at which any run was judged; a run is blank outside its own."""
     field = _FIELD[by]
-    curves = [history.events("valid") for history in histories]
-    metrics = list(map(metric, histories))
+    metrics, curves = zip(*map(_curve, histories), strict=True)
     head = [by.value.upper(), *(f"{name} {score}" for name, score in zip(names, metrics, strict=True))]
     rows = [head]
     for point in sorted({line[field] for curve in curves for line in curve}):
@@ -94,6 +95,14 @@ def _curves(histories: Sequence[History], names: Sequence[str], by: By) -> list[
             row.append("" if ended or past[-1].get(score) is None else f"{past[-1][score]:.4g}")
         rows.append(row)
     return rows
+
+
+def _curve(history: History) -> tuple[str, list[dict[str, Any]]]:
+    """Return what a run is judged by, and when: its validations, or without any some of its training losses."""
+    if validations := history.events("valid"):
+        return metric(history), validations
+    lines = history.events("train")[::-1]
+    return "loss", lines[:: max(1, -(-len(lines) // _POINTS))][::-1]
 
 
 def _ends(histories: Sequence[History], names: Sequence[str]) -> list[list[str]]:

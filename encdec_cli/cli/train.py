@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,14 @@ from encdec_cli.cli.options import DeviceOption, OverridesArgument, PluginOption
 if TYPE_CHECKING:
     from encdec_cli.recipe import Recipe
     from encdec_cli.training.trainer import Trainer
+
+
+class OnNan(str, Enum):
+    """What becomes of an update whose loss or gradient is not finite."""
+
+    stop = "stop"
+    skip = "skip"
+    rollback = "rollback"
 
 
 def train(
@@ -32,6 +41,10 @@ def train(
         bool,
         typer.Option("--dry-run", help="Check the recipe, prepare the data, try the largest batch; train nothing."),
     ] = False,
+    on_nan: Annotated[
+        OnNan | None,
+        typer.Option("--on-nan", metavar="|".join(OnNan), help="What a loss that is not finite does: train.on_nan."),
+    ] = None,
     prove_resume: Annotated[
         int | None,
         typer.Option(
@@ -59,11 +72,12 @@ def train(
     from encdec_cli.bundle.run import default_run
     from encdec_cli.recipe import load
 
-    loaded = load(recipe, overrides or [], plugins=plugin or [])
+    overrides = [*(overrides or []), *([f"train.on_nan={on_nan.value}"] if on_nan else [])]
+    loaded = load(recipe, overrides, plugins=plugin or [])
     if prove_resume is not None:
         own = [f"--init-from={init_from}"] if init_from else []
         own += [f"--plugin={path}" for path in plugin or []]
-        _prove([str(recipe), *(overrides or []), f"--device={device}", *own], prove_resume, loaded.train.seed)
+        _prove([str(recipe), *overrides, f"--device={device}", *own], prove_resume, loaded.train.seed)
         return
     train_run(loaded, output or default_run(recipe), device, init_from, dry_run)
 

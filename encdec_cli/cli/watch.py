@@ -20,7 +20,7 @@ def watch(
         bool, typer.Option("--once", help="Print how it stands and leave, as when stdout is no terminal.")
     ] = False,
 ) -> None:
-    """Show how a run stands: its state, loss, speed, time left, scores, last checkpoint, and what is alarming.
+    """Show how a run stands: state, loss, speed, time left, cost, scores, last checkpoint, and what is alarming.
 
     Reads the run's folder alone and never writes there, so it may look at a run of another user or machine. On a
     terminal it looks again every two seconds until the run ends.
@@ -46,7 +46,7 @@ def _page(history: History, now: float, width: int) -> list[str]:
     from encdec_cli.cli.chart import chart
     from encdec_cli.cli.console import printable
 
-    lines = [_headline(history), *_learning(history), *_scores(history)]
+    lines = [_headline(history), *_learning(history), *_cost(history), *_scores(history)]
     if history.saved:
         age = duration(now - history.saved.time)
         lines.append(f"checkpoint: update {history.saved.progress['step']:,}, {age} ago")
@@ -82,6 +82,23 @@ def _learning(history: History) -> list[str]:
         words.append(f"{last['clock'].get('tokens_per_second') or 0:,.0f} tokens/s")
         words += [f"{duration((steps - history.step) / speed)} left"] if steps else []
     return ["  ".join(words)]
+
+
+_COSTS = {
+    "padding": "{:.1%} padding",
+    "mfu": "{:.0%} of the machine's ceiling",
+    "kwh": "{:.3g} kWh",
+    "price": "price {:.2f}",
+    "co2_grams": "{:.3g} g CO2",
+}
+
+
+def _cost(history: History) -> list[str]:
+    lines = history.events("train")
+    clock = lines[-1]["clock"] if lines else {}
+    found = {**lines[-1], **clock, **clock.get("spent", {})} if lines else {}
+    told = [words.format(found[key]) for key, words in _COSTS.items() if found.get(key) is not None]
+    return [f"cost: {', '.join(told)}"] if told else []
 
 
 def _scores(history: History) -> list[str]:

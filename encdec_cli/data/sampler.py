@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from encdec_cli.data.bands import Ints, by_length, cut
 from encdec_cli.errors import DataError, UsageError
 
-Ints = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.uint64]
 
 WINDOW = 1_000_000
@@ -98,7 +98,7 @@ class Sampler:
             )
 
     def _sort(self, data_hash: str, window: int) -> list[Ints]:
-        """Return the examples of each window sorted by target, then source length: the same in every epoch."""
+        """Return the examples of each window, like lengths together: the same in every epoch."""
         number = -(-len(self._source) // window)
         owner = (keys(f"{data_hash}|window", len(self._source)) % np.array([number], np.uint64)).astype(np.int64)
         members = np.argsort(owner, kind="stable")
@@ -106,23 +106,15 @@ class Sampler:
         return [part[self._by_length(part)] for part in parts if len(part)]
 
     def _by_length(self, members: Ints) -> Ints:
-        source, target = self._source[members], self._target[members]
-        # To and fro: a batch across two target lengths then holds long sources only, or short ones only.
-        return np.lexsort((np.where(target % 2 == 0, source, -source), target))
+        return by_length(self._source[members] + _EOS, self._target[members] + _EOS, self.tokens)
 
     def _cut(self) -> Ints:
-        """Return where each batch begins in the sorted examples, and the end: a loop over batches only."""
-        cuts = [0]
+        """Return where each batch begins in the sorted examples, and the end."""
+        cuts = [np.zeros(1, np.int64)]
         for members in self._windows:
             longest = np.maximum(self._source[members], self._target[members]) + _EOS
-            base, begin = cuts[-1], 0
-            while begin < len(longest):
-                most = self.tokens // int(longest[begin])
-                ahead = np.maximum.accumulate(longest[begin : begin + most])
-                size = ahead * np.arange(1, len(ahead) + 1)
-                begin += int(np.searchsorted(size, self.tokens, side="right"))
-                cuts.append(base + begin)
-        return np.array(cuts, dtype=np.int64)
+            cuts.append(cuts[-1][-1] + cut(longest, self.tokens)[1:])
+        return np.concatenate(cuts)
 
     def shapes(self) -> Ints:
         """Return rows, padded source and padded target length of every batch as cut, EOS counted, `[batches, 3]`."""

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepared import Prepared
-from encdec_cli.data.sampler import Ints
 from encdec_cli.data.store import Ragged
 from encdec_cli.decoding.draw import streams, uniform
 from encdec_cli.text.resampling import Resampler

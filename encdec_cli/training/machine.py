@@ -41,6 +41,13 @@ def check_device(device: str) -> None:
         raise UsageError(f"--device {device}: torch cannot use it ({reason}); try --device cpu.") from error
 
 
+def processor(device: str) -> str:
+    """Return what computes on a device, as far as it decides how sums are rounded: a GPU's name, a CPU's registers."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.device(device).type} with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def add_in_order(device: str) -> None:
     """Let a GPU add its sums in one order, so that the same work gives the same bits, as on a CPU. Call it early."""
     if torch.device(device).type == "cuda":

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch
-from encdec_cli.data.sampler import Ints
 from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import chunk_of
 from encdec_cli.training.meter import read

@@ -6,27 +6,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 
-from encdec_cli import __version__
+from encdec_cli import __version__, kernels
 from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import UsageError
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, resolved
+from encdec_cli.training.machine import processor
 
 _FIXED = ("model", "lora")
 _FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed", "ema", "freeze")
 
 
-def facts(recipe: Recipe, data_hash: str, precision: str, processes: int = 1) -> dict[str, Any]:
+def facts(recipe: Recipe, data_hash: str, precision: str, device: str, processes: int = 1) -> dict[str, Any]:
     """Return what a checkpoint tells of its run: all that decides the bytes of the weights."""
     plugins = {plugin.path.name: plugin.sha256[:12] for plugin in recipe.loaded}
+    versions = {"encdec": __version__, "torch": str(torch.__version__), "safetensors": safetensors.__version__}
     return {
         "recipe": resolved(recipe),
         "data_hash": data_hash,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "processes": processes,
-        "versions": {"encdec": __version__, "torch": str(torch.__version__), **plugins},
+        "kernels": kernels.library() is not None,
+        "device": processor(device),
+        "versions": versions | plugins,
     }
 
 
@@ -79,7 +84,7 @@ def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
     flat["teacher"] = facts_.get("teacher")
     flat |= {"compiled": facts_.get("compiled", False), "kernels": facts_.get("kernels", False)}
-    flat["processes"] = facts_.get("processes", 1)
+    flat |= {"processes": facts_.get("processes", 1), "device": facts_.get("device")}
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}
 
 

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from encdec_cli import atomic, kernels
+from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.bundle import Bundle, build_model, identity
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import FACTS, recover
+from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.prepare import Prepared
-from encdec_cli.data.sampler import Ints, Sampler
+from encdec_cli.data.sampler import Sampler
 from encdec_cli.errors import NonFiniteError, UsageError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
@@ -109,8 +110,8 @@ class Trainer:
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
         self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
-        self.facts = resume.facts(setting.recipe, setting.data.data_hash, self.precision, self.ranks.world)
-        self.facts |= {"compiled": compiled, "kernels": kernels.library() is not None}
+        computing = self.precision, setting.device, self.ranks.world
+        self.facts = resume.facts(setting.recipe, setting.data.data_hash, *computing) | {"compiled": compiled}
         if teacher := setting.recipe.teacher.model:
             self.facts["teacher"] = identity(teacher)[:16]
         self.checkpoints = setting.run / "checkpoints"
