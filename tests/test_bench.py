@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from encdec_cli.evaluation.tradeoff import Point, fastest_within, on_front
+from encdec_cli.evaluation.tradeoff import Point, best_at_least, fastest_within, on_front
 from encdec_cli.training import ceiling
 from tests.test_resume import lines_of
 
@@ -22,6 +22,10 @@ def test_the_fastest_that_is_good_enough():
     assert fastest_within(points, 0.4, True) == points[2]
     assert fastest_within(points, 8.0, True) == points[0]
     assert fastest_within(points, 1.0, False) == points[4]
+    assert best_at_least(points, 60, True) == points[2]
+    assert best_at_least(points, 70, True) == points[1]
+    assert best_at_least(points, 60, False) == points[4]
+    assert best_at_least(points, 201, True) is None
     assert [on_front(one, points, True) for one in points] == [True, True, True, False, True]
     assert [on_front(one, points, False) for one in points] == [False, False, False, False, True]
 
@@ -37,6 +41,9 @@ def test_a_model_is_tried_in_every_setting(forks, copy_run):
     assert all(one["lines_per_second"] > 0 and one["score"] > 50 for one in settings)
     chosen = told["generation"]["recommended"]
     assert chosen in [{key: one[key] for key in chosen} for one in settings]
+    done = forks("bench", "--model", copy_run, "--beams", "1", "--batches", "4", "--lines", "6", "--at-least", "1e9")
+    assert done.wait() == 0, done.stderr
+    assert "recommended: the fastest, since none decodes 1e+09 lines/s" in done.stdout
 
 
 def test_a_recipe_is_timed_and_its_run_left_as_it_was(forks, copy_run):

@@ -34,6 +34,10 @@ def bench(
     within: Annotated[
         float, typer.Option("--within", metavar="POINTS", min=0.0, help="What speed may cost; see below.")
     ] = 1.0,
+    at_least: Annotated[
+        float | None,
+        typer.Option("--at-least", metavar="LINES", min=0.0, help="Recommend the best that decodes so many a second."),
+    ] = None,
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="SECONDS", min=0.0, help="How long to train for the measure.")
     ] = 5.0,
@@ -45,7 +49,7 @@ def bench(
 
     RECIPE trains for some seconds on its data, which it prepares if need be; nothing of that is kept. --model decodes
     lines of its test split by every combination of beam, precision, batch and workers, and recommends the fastest
-    setting whose score is at most --within points below the best.
+    setting whose score is at most --within points below the best, or with --at-least the best that is fast enough.
     """
     from encdec_cli.training.machine import add_in_order, check_device, use_threads
 
@@ -59,7 +63,7 @@ def bench(
     if model is not None:
         grid = (beam_widths, batch_sizes, lines)
         points, metric = _generation(model, device, plugin or [], grid)
-        found["generation"] = _rated(points, metric, within)
+        found["generation"] = _rated(points, metric, within, at_least)
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n\n".join(_tables(found)))
 
 
@@ -174,15 +178,22 @@ def _precisions(device: str) -> list[str]:
     return found + (["int8"] if device == "cpu" and int8_supported() else [])
 
 
-def _rated(points: Sequence[Point], metric: Metric, within: float) -> dict[str, Any]:
-    from encdec_cli.evaluation.tradeoff import fastest_within, on_front
+def _rated(points: Sequence[Point], metric: Metric, within: float, at_least: float | None) -> dict[str, Any]:
+    from encdec_cli.evaluation.tradeoff import best_at_least, fastest_within, on_front
 
     higher = metric.higher_is_better
+    if at_least is None:
+        chosen, why = fastest_within(points, within, higher), f"within {within:g} of the best"
+    elif found := best_at_least(points, at_least, higher):
+        chosen, why = found, f"the best with {at_least:g} lines/s or more"
+    else:
+        chosen = max(points, key=lambda point: point.lines_per_second)
+        why = f"the fastest, since none decodes {at_least:g} lines/s"
     return {
         "metric": metric.names[0],
-        "within": within,
         "settings": [asdict(point) | {"front": on_front(point, points, higher)} for point in points],
-        "recommended": asdict(fastest_within(points, within, higher)),
+        "recommended": asdict(chosen),
+        "why": why,
     }
 
 
@@ -199,7 +210,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
         rows = [["precision", "beam", "batch", "workers", "lines/s", told["metric"], ""]]
         for one in told["settings"]:
             recommended = {key: one[key] for key in told["recommended"]} == told["recommended"]
-            note = f"recommended: within {told['within']:g} of the best" if recommended else "*" * one["front"]
+            note = f"recommended: {told['why']}" if recommended else "*" * one["front"]
             rows.append(
                 [*(str(one[key]) for key in rows[0][:4]), f"{one['lines_per_second']:.1f}", f"{one['score']:.2f}", note]
             )

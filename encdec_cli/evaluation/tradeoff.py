@@ -60,3 +60,10 @@ def fastest_within(points: Sequence[Point], within: float, higher_is_better: boo
     best = (max if higher_is_better else min)(point.score for point in points)
     good = [point for point in points if abs(point.score - best) <= within]
     return max(good, key=lambda point: point.lines_per_second)
+
+
+def best_at_least(points: Sequence[Point], rate: float, higher_is_better: bool) -> Point | None:
+    """Return the point with the best score, the fastest of those, that decodes so many lines a second; None if none."""
+    sign = 1 if higher_is_better else -1
+    fast = [point for point in points if point.lines_per_second >= rate]
+    return max(fast, key=lambda point: (sign * point.score, point.lines_per_second), default=None)
