@@ -35,7 +35,7 @@ from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.largest import need
 from encdec_cli.training.loss import real_rows
 from encdec_cli.training.meter import Meter, read
-from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.objective import CrossEntropy, Objective, RDrop
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.trainer import Setting, Trainer
@@ -97,8 +97,8 @@ MODELS = {
 }
 
 
-def found(model) -> flops.Formula:
-    return flops.find(model, 0.1, (VOCAB, VOCAB), "cpu")
+def found(model, objective: Objective | None = None) -> flops.Formula:
+    return flops.find(model, objective or CrossEntropy(0.1), (VOCAB, VOCAB), "cpu")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -116,6 +116,14 @@ def test_the_formula_gives_the_profilers_count(monkeypatch, name):
     model.zero_grad()
     real = int((one.known_target[:, 1:] != 0).sum())
     assert formula.flops_of(*shape, real) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_passes_are_twice_the_work(name):
+    shape, real = (20, 40, 23), 300
+    once, twice = found(MODELS[name]()), found(MODELS[name](), RDrop(0.1, None, 5.0))
+    # But for the logits of the first row, by which the output layer's parameters are found.
+    assert twice.flops_of(*shape, real) == pytest.approx(2 * once.flops_of(*shape, real), rel=1e-3)
 
 
 def test_fused_attention_is_counted_too():

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from encdec_cli.data.batch import collate
 from encdec_cli.models.model import Model
 from encdec_cli.training.meter import read
-from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.objective import Objective
 
 Wholes = npt.NDArray[np.int64]
 Whole = int | Wholes
@@ -71,18 +71,18 @@ def _every_layer_kept(model: Model) -> Iterator[None]:
         model.checkpointing = checkpointing
 
 
-def find(model: Model, smoothing: float, vocabularies: Sequence[int], device: str) -> Formula:
+def find(model: Model, objective: Objective, vocabularies: Sequence[int], device: str) -> Formula:
     """Return the formula that fits what loss and gradient of some tiny micro-batches take.
 
-    What R-Drop, a teacher and the like add is left out, and to compute layers again is no work of the model.
+    To compute layers again is no work of the model.
 
     Args:
         model: those of its parameters count that learn.
-        smoothing: of labels.
+        objective: which asks no more of a batch than sources and targets.
         vocabularies: tokens of the source's and of the target's.
         device: the model's.
     """
-    objective, learning = CrossEntropy(smoothing), [p for p in model.parameters() if p.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows, readings = [], []
     for lengths in (_SAMPLES[2], *_SAMPLES):  # the first time a model may make things that it keeps
         source, target = ([min(one, model.max_positions or one) for one in side] for side in lengths)

@@ -40,7 +40,7 @@ from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt, check_start
-from encdec_cli.training.objective import make_objective
+from encdec_cli.training.objective import make_objective, of_targets
 from encdec_cli.training.rules import hidden_matrices, make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
@@ -129,7 +129,7 @@ class Trainer:
     def formula(self) -> flops.Formula:
         """What the FLOPs of a micro-batch are, from its shape."""
         sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
-        return flops.find(self.model, self.train.label_smoothing, sizes, self.setting.device)
+        return flops.find(self.model, of_targets(self.setting.recipe), sizes, self.setting.device)
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""

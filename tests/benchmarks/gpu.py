@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from encdec_cli.data.batch import Batch
 from encdec_cli.training import flops
 from encdec_cli.training.ceiling import matrix_ceiling
+from encdec_cli.training.objective import CrossEntropy
 
 from .huggingface import arguments
 from .plain import PAD, PlainTrainer
@@ -117,7 +118,7 @@ def measure(variants: Sequence[Variant], batches: Sequence[Batch], repetitions: 
 
 def total_flops(size: str, vocab: int, batches: Sequence[Batch]) -> int:
     """Return the FLOPs of loss and gradient of all batches."""
-    formula = flops.find(our_model(vocab, size).to(DEVICE), SMOOTHING, (vocab, vocab), str(DEVICE))
+    formula = flops.find(our_model(vocab, size).to(DEVICE), CrossEntropy(SMOOTHING), (vocab, vocab), str(DEVICE))
     shapes = [
         (*batch.source.shape, batch.known_target.shape[1] - 1, int(batch.target_lengths.sum())) for batch in batches
     ]
