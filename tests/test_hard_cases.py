@@ -59,7 +59,8 @@ class Paused(Files):
 @dataclass
 class PausedBeam(Beam):
     def __call__(self, stepper, limits, rules):
-        pause("search")
+        if self.min_length != self.max_length:  # as it is only where memory is predicted
+            pause("search")
         return Beam.__call__(self, stepper, limits, rules)
 
 

@@ -29,7 +29,7 @@ FAR = torch.finfo(torch.float32).min / 2
 @pytest.fixture
 def without(monkeypatch):
     """Call this for torch's operators from then on."""
-    return lambda: monkeypatch.setattr(kernels, "library", lambda: None)
+    return lambda: monkeypatch.setattr("encdec_cli.kernels.matrix.library", lambda: None)
 
 
 def close(found, wanted, dtype):
@@ -118,7 +118,7 @@ def test_candidates_are_those_of_torch_in_the_same_order(sentences, beam, vocab,
         scores = Scores(logits, banned=(vocab // 2,))
         found = scores.best(k, totals)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "library", lambda: None)
+            patch.setattr("encdec_cli.kernels.matrix.library", lambda: None)
             wanted = scores.best(k, totals)
     for one, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
         assert torch.equal(one, other)
@@ -140,7 +140,7 @@ def test_what_goes_on_and_what_ends_is_that_of_torch(slots, width, more, seed):
     best = Candidates(totals, parents, tokens)
     found, ending, happened = parted(best, before)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "library", lambda: None)
+        patch.setattr("encdec_cli.kernels.matrix.library", lambda: None)
         wanted, its_ending, its_happened = parted(best, before)
     assert [bool(one) for one in happened] == its_happened
     for one, other in zip((*vars(found).values(), ending), (*vars(wanted).values(), its_ending), strict=True):

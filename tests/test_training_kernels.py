@@ -25,7 +25,7 @@ seeds = st.integers(0, 10**6)
 @pytest.fixture
 def without(monkeypatch):
     """Call this for torch's operators from then on."""
-    return lambda: monkeypatch.setattr(kernels, "library", lambda: None)
+    return lambda: monkeypatch.setattr("encdec_cli.kernels.matrix.library", lambda: None)
 
 
 @pytest.fixture
