@@ -95,8 +95,10 @@ _COSTS = {
 
 def _cost(history: History) -> list[str]:
     lines = history.events("train")
-    clock = lines[-1]["clock"] if lines else {}
-    found = {**lines[-1], **clock, **clock.get("spent", {})} if lines else {}
+    if not lines:
+        return []
+    last, clock = lines[-1], lines[-1]["clock"]
+    found = {**last, **clock, **clock.get("spent", {})}
     told = [words.format(found[key]) for key, words in _COSTS.items() if found.get(key) is not None]
     return [f"cost: {', '.join(told)}"] if told else []
 

@@ -99,8 +99,7 @@ def int8_supported() -> bool:
 
 def packed(model: Model) -> Model:
     """Return a copy of a model that is packed, or the model itself where that brings nothing."""
-    some = next(model.parameters())
-    if model.compiled or some.device.type != "cpu" or not can_pack(some.dtype, 1 << 5):
+    if model.compiled or not _brings_something(model):
         return model
     copy = deepcopy(model)
     pack(copy)
@@ -109,8 +108,7 @@ def packed(model: Model) -> Model:
 
 def pack(model: Model, int8: bool = False) -> None:
     """Pack the matrices of a model, the output layer among them, if it is on a CPU; then it can learn no more."""
-    some = next(model.parameters())
-    if some.device.type != "cpu" or not (int8 or can_pack(some.dtype, 1 << 5)):
+    if not _brings_something(model, int8):
         return
     model.untie()
     for module in list(model.modules()):
@@ -124,6 +122,11 @@ def pack(model: Model, int8: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, Fusable):
             module.fuse()
+
+
+def _brings_something(model: Model, int8: bool = False) -> bool:
+    some = next(model.parameters())
+    return some.device.type == "cpu" and (int8 or can_pack(some.dtype, 1 << 5))
 
 
 def _ops() -> Any:
