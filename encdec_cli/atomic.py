@@ -33,8 +33,10 @@ def disk_errors(path: Path) -> Iterator[None]:
             advice = f"disk full ({error.strerror}); free some space and start again: what was saved before is kept"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             advice = f"no permission to write ({error.strerror}); choose another --output"
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
             advice = f"a file stands where a folder is needed ({error.strerror}); choose another --output"
+        elif error.errno == errno.EISDIR:
+            advice = f"a folder stands where a file is needed ({error.strerror}); choose another --output"
         else:
             advice = f"cannot be written ({error.strerror or error})"
         raise ResourceError(f"{path}: {advice}.") from error

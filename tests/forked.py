@@ -6,6 +6,7 @@ signals and limits, and ends with its own exit code, as one that a shell has sta
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
@@ -56,6 +57,10 @@ class Command:
         if self.code() is None:
             os.kill(self.pid, number)
 
+    def seconds(self, since: Path | None = None) -> float:
+        """How long it ran, or how long it still ran after a file was written."""
+        return (self.folder / "code").stat().st_mtime - (since or self.folder / "pid").stat().st_mtime
+
     @property
     def stdout(self) -> str:
         return (self.folder / "stdout").read_bytes().decode()
@@ -90,9 +95,13 @@ class Forks:
         tty_stdout: bool = False,
         file_limit: int | None = None,
         ignored: tuple[int, ...] = (),
+        bound: bool = False,
         **changes: str,
     ) -> Command:
-        """Start `encdec`. `tty` is a terminal for stdin and stderr, and stdout if asked; `file_limit` in bytes."""
+        """Start `encdec`. `tty` is a terminal for stdin and stderr, and stdout if asked; `file_limit` in bytes.
+
+        Whoever is `bound` is held by the permissions of files, which do not bind root.
+        """
         self._count += 1
         folder = self._folder / str(self._count)
         folder.mkdir(parents=True)
@@ -106,6 +115,7 @@ class Forks:
             "tty_stdout": tty_stdout,
             "file_limit": file_limit,
             "ignored": list(map(int, ignored)),
+            "bound": bound,
         }
         self._parent.stdin.write(json.dumps(request) + "\n")
         self._parent.stdin.flush()
@@ -177,6 +187,9 @@ def _become(request: dict) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["file_limit"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
+    if request["bound"]:
+        version_3, itself, none = 0x20080522, 0, (ctypes.c_uint32 * 6)()
+        ctypes.CDLL(None).capset((ctypes.c_uint32 * 2)(version_3, itself), none)
     sys.argv = ["encdec", *request["arguments"]]
     from encdec_cli.cli import main
 

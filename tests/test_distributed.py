@@ -280,22 +280,20 @@ def order(ranks: list[Ranks], plan: Sampler, step: int, updates: int, accumulate
     return taken
 
 
-def test_uneven_data_every_example_once_an_epoch_and_no_process_without_work():
-    random = np.random.default_rng(1)
-    for count in range(1, 51):
-        lengths = random.integers(1, 20, (2, count))
-        straight: dict[int, list[list[int]]] = {}
-        for world in (1, 2, 3, 4):
-            plan = Sampler(*lengths, 64, "data", 1)
-            updates = 3 * len(plan)
-            taken = order([Ranks(rank, world) for rank in range(world)], plan, 0, updates, 4)
-            assert straight.setdefault(4, taken) == taken
-            for epoch in range(12):
-                batches = taken[epoch * len(plan) : (epoch + 1) * len(plan)]
-                assert sorted(itertools.chain(*batches)) == list(range(count))
-            for step in range(0, updates, 5):
-                rest = order([Ranks(rank, world) for rank in range(world)], plan, step, 1, 4)
-                assert rest == taken[4 * step : 4 * step + 4]
+UNEVEN = list(itertools.product(range(1, 51), (1, 2, 3, 4)))
+
+
+@pytest.mark.parametrize(("count", "world"), UNEVEN[::7])
+def test_uneven_data_every_example_once_an_epoch_and_no_process_without_work(count, world):
+    plan = Sampler(*np.random.default_rng(count).integers(1, 20, (2, count)), 64, "data", 1)
+    updates, ranks = 3 * len(plan), [Ranks(rank, world) for rank in range(world)]
+    taken = order(ranks, plan, 0, updates, 4)
+    assert taken == order([Ranks(0, 1)], plan, 0, updates, 4)
+    for epoch in range(12):
+        batches = taken[epoch * len(plan) : (epoch + 1) * len(plan)]
+        assert sorted(itertools.chain(*batches)) == list(range(count))
+    for step in range(0, updates, 5):
+        assert order(ranks, plan, step, 1, 4) == taken[4 * step : 4 * step + 4]
 
 
 @pytest.mark.slow
@@ -343,19 +341,32 @@ PLACES = ("update:1", "update:9", "update:24", "judge:1", "save:2")
 SLOW = pytest.mark.slow
 SAMPLE = {(1, "update:9", "kill"), (1, "update:9", "stop"), (1, "update:9", "raise")}
 CASES = [
-    pytest.param(*case, marks=() if case in SAMPLE else SLOW, id="-".join(map(str, case)))
+    case
     for case in itertools.product((0, 1), PLACES, HARMS)
-    # The first alone judges and writes, as long as it likes if it lives.
-    if case[1].startswith("update") or (case[0] == 0 and case[2] != "sleep")
+    # The first alone judges and writes, as long as it likes if it lives; an update for which memory lacks is halved.
+    if (case[2] != "memory" if case[1].startswith("update") else case[0] == 0 and case[2] != "sleep")
 ]
 
 
-@pytest.mark.parametrize(("rank", "place", "harm"), CASES)
+@pytest.mark.parametrize(
+    ("rank", "place", "harm"), [pytest.param(*case, marks=() if case in SAMPLE else SLOW) for case in CASES]
+)
 def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corpus, tmp_path, rank, place, harm):
     options = (faulty(corpus, tmp_path), *TWO, "parallel.timeout=2", "--output", tmp_path / "run")
     lose(forks, options, f"{rank}:{place}:{harm}")
     trained(forks, 2, *options, FAULT=NO_FAULT)
     assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_one_process_lacks_halves_its_batch_and_all_go_on(forks, corpus, tmp_path, rank):
+    options = (faulty(corpus, tmp_path), *TWO, "model.dropout=0", "--output")
+    told = trained(forks, 2, *options, tmp_path / "run", FAULT=f"{rank}:update:9:memory")
+    assert f"process {rank}: out of memory for " in told[rank].stderr
+    assert "computed in halves" in told[rank].stderr
+    assert "out of memory" not in told[1 - rank].stderr
+    trained(forks, 2, *options, tmp_path / "whole", FAULT=NO_FAULT)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
 def faulty(corpus: Path, folder: Path) -> Path:
@@ -380,8 +391,8 @@ def test_a_loss_that_is_no_number_in_one_process_touches_no_weight_of_any(forks,
     assert all(bool(value.isfinite().all()) for value in masters(tmp_path / "run").values())
 
 
-def lose(forks, options, fault: str) -> None:
-    """Start two processes of which one is lost; assert that the other names it and leaves."""
+def lose(forks, options, fault: str) -> float:
+    """Start two processes of which one is lost; assert that the other names it and leaves, after so many seconds."""
     rank, harm = int(fault[0]), fault.rpartition(":")[2]
     commands = launch(forks, 2, *options, FAULT=fault)
     lost, other = commands[rank], commands[1 - rank]
@@ -395,6 +406,7 @@ def lose(forks, options, fault: str) -> None:
     if harm in ("stop", "sleep"):
         os.kill(lost.pid, signal.SIGKILL)
     lost.wait()
+    return time.monotonic() - began
 
 
 def test_weights_that_differ_between_processes_are_never_saved(forks, corpus, tmp_path):

@@ -5,7 +5,6 @@ and what was good is still good. Each test ends by showing that the same command
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,8 @@ from encdec_cli.atomic import MANIFEST, verify
 from encdec_cli.errors import ResourceError
 from tests.conftest import copy_task, environment, start, write_lines
 from tests.forked import TIMEOUT, Command
+from tests.reliability.bench import Bench
+from tests.reliability.folders import unusable_folders
 from tests.test_resume import fingerprint, lines_of
 from tests.test_train_cli import SHORT, refused
 from tests.trainers import ignore, trainer
@@ -250,28 +251,12 @@ def test_a_disk_that_is_really_full(recipe, tmp_path):
     assert "Traceback" not in done.stderr.decode()
 
 
-@pytest.mark.parametrize("name", ["recipe.yaml/run", "recipe.yaml"])
-def test_a_file_where_a_folder_is_needed(forks, recipe, name):
-    done = forks("train", recipe, *SHORT, "--output", recipe.parent / name)
-    refused(done, 6, "recipe.yaml", "a file stands where a folder is needed", "--output")
-    assert recipe.is_file()
-
-
-def test_a_folder_where_nothing_can_be_written(forks, recipe, tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir()
-    closed.chmod(0o500)
+def test_folders_that_cannot_be_used_are_refused_before_data_is_read(tmp_path):
+    bench = Bench(tmp_path, seed=1, share=1)
     try:
-        if os.access(closed, os.W_OK):  # permissions do not bind root; the kernel's own folders do
-            closed = Path("/sys/kernel")
-            if not closed.is_dir() or os.access(closed, os.W_OK):
-                closed = Path("/proc")
-        if not closed.is_dir():
-            pytest.skip("this user may write everywhere")
-        done = forks("train", recipe, *SHORT, "--output", closed / "run")
-        refused(done, 6, str(closed / "run"))
+        assert {case: wrong for case, wrong in unusable_folders(bench) if wrong} == {}
     finally:
-        (tmp_path / "closed").chmod(0o700)
+        bench.forks.close()
 
 
 def test_parents_are_made_and_names_may_be_odd(forks, finished, tmp_path):

@@ -37,7 +37,11 @@ NEW = {
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("recipe") / "r.yaml"
+    return facts_of_a_run(tmp_path_factory.mktemp("recipe"))
+
+
+def facts_of_a_run(folder: Path) -> dict:
+    path = folder / "r.yaml"
     path.write_text("task: {name: translation}\ndata: {name: cldr}\n")
     return resume.facts(recipe.load(path), "hash", "fp32", "cpu") | {
         "compiled": False,

@@ -13,6 +13,7 @@ runs/mt/
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -62,6 +63,7 @@ def _hold(run: Path) -> int:
     with atomic.disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _need_access(run)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,6 +80,21 @@ def _hold(run: Path) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _need_access(run: Path) -> None:
+    """Raise ResourceError if a part of the run that is to grow cannot: before hours of work, not after them."""
+    for folder in (run / "checkpoints", run / "bundles"):
+        with atomic.disk_errors(folder):
+            if not folder.exists():
+                continue
+            next(folder.iterdir(), None)  # fails if it is a file
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    log = run / "log.jsonl"
+    with atomic.disk_errors(log):
+        if log.exists():
+            log.open("ab").close()
 
 
 def _in_use(run: Path, holder: str) -> ResourceError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -103,10 +103,11 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     start = Bundle.load(init_from) if init_from else None
     with joined(device, recipe.parallel, console.leave) as (ranks, own_device), watched() as stop:
         say = console.say if ranks.first else _say_nothing
+        say_own = console.say if ranks.world == 1 else _named(ranks.rank)
         with locked(run) if ranks.first else _quiet():
             check(recipe, run, start is not None, ranks, say)
             data = shared_data(recipe, run, say, ranks, own_device)
-            setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks)
+            setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks, say_own)
             trainer = Trainer(settle(setting))
             if dry_run:
                 say(_dry_run(trainer))
@@ -155,6 +156,13 @@ def _quiet() -> Iterator[None]:
 
 def _say_nothing(_sentence: str) -> None:
     """Stand in for `say` in all processes but the first."""
+
+
+def _named(rank: int) -> Callable[[str], None]:
+    """Return what says that a sentence is of this process."""
+    from encdec_cli.cli import console
+
+    return lambda sentence: console.say(f"process {rank}: {sentence}")
 
 
 def _prove(words: Sequence[str], kills: int, seed: int) -> None:

@@ -186,7 +186,7 @@ def gathered(
 
 
 def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:
-    """Return the layout of a run; one process alone has all. `say` is given sentences for the user."""
+    """Return the layout of a run; one process alone has all. `say` is given what this one has met."""
     if ranks.world == 1 or not (recipe.parallel.shard or ranks.tensor > 1):
         return Replicated(ranks, say)
     # Each takes seconds.

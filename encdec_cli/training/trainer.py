@@ -69,6 +69,8 @@ class Setting:
     init_from: Bundle | None = None
     ranks: Ranks = field(default_factory=Ranks)
     """The processes that train together."""
+    say_own: Callable[[str], None] | None = None
+    """Is given what this process alone has met; `say` if there is none."""
 
 
 class Trainer:
@@ -92,7 +94,7 @@ class Trainer:
         model.checkpointing = self.train.checkpointing
         self.store = setting.data.store("train")
         self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
-        self.layout = make_layout(setting.recipe, self.ranks, setting.say)
+        self.layout = make_layout(setting.recipe, self.ranks, setting.say_own or setting.say)
         self._check_lengths()
         if self.layout.even:
             _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from encdec_cli.cli.console import table
-from tests.reliability import crashes, damage, figures
+from tests.reliability import crashes, damage, figures, folders, processes
 from tests.reliability.bench import Bench
 
 TESTS = {
@@ -25,12 +25,17 @@ TESTS = {
     "T4": crashes.full_disk,
     "T5": damage.damaged_files,
     "T6": damage.simultaneous_starts,
+    "T7": folders.unusable_folders,
+    "T8": folders.changed_things,
     "T9": damage.finished_run,
     "T10": crashes.kill_in_every_deletion,
     "T16": figures.order,
     "T23": figures.non_finite,
     "T24": figures.memory,
     "T25": figures.golden,
+    "T26": processes.lost_processes,
+    "T27": processes.uneven_data,
+    "T28": processes.other_numbers,
 }
 NEED_STRACE = ("T2", "T4", "T10")
 
@@ -47,21 +52,22 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell in the background has it ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     folder = Path(tempfile.mkdtemp(prefix="encdec-reliability-"))
-    rows, failed = [["TEST", "WHAT", "CASES", "WRONG", "SECONDS"]], 0
+    rows, failed = [["TEST", "WHAT", "CASES", "WRONG", "SLOWEST", "SECONDS"]], 0
     bench = Bench(folder, chosen.seed, chosen.share)
     try:
         for name in chosen.tests or TESTS:
             what = (TESTS[name].__doc__ or "").partition(": ")[2].rstrip(".")
             if name in NEED_STRACE and not shutil.which("strace"):
-                rows.append([name, f"{what} (left out: no strace here)", "0", "", ""])
+                rows.append([name, f"{what} (left out: no strace here)", "0", "", "", ""])
                 continue
-            began, cases, wrong = time.monotonic(), 0, 0
+            began, cases, wrong, bench.slowest = time.monotonic(), 0, 0, None
             for case, problem in TESTS[name](bench):
                 cases += 1
-                if problem:
+                if said := problem or bench.late():
                     wrong += 1
-                    print(f"{name}: {case}: {problem}", file=sys.stderr, flush=True)
-            rows.append([name, what, str(cases), str(wrong), f"{time.monotonic() - began:.0f}"])
+                    print(f"{name}: {case}: {said}", file=sys.stderr, flush=True)
+            slowest = "" if bench.slowest is None else f"{bench.slowest:.1f} s"
+            rows.append([name, what, str(cases), str(wrong), slowest, f"{time.monotonic() - began:.0f}"])
             print(table(rows[-1:]), file=sys.stderr, flush=True)
             failed += wrong
     finally:

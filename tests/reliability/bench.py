@@ -29,8 +29,22 @@ class Bench:
         """The share of the cases that is run, where there are many."""
         self.recipe = copy_task(folder / "corpus", train=2000)
         self.forks = Forks(folder / "commands")
+        self.slowest: float | None = None
+        """The longest that a case of this test took, in seconds, where the time is promised."""
+        self._late: str | None = None
         self._unbroken: dict[tuple[str, ...], Path] = {}
         self._count = 0
+
+    def took(self, seconds: float, limit: float) -> None:
+        """Take down how long something took that has a limit."""
+        self.slowest = max(self.slowest or 0.0, seconds)
+        if seconds > limit:
+            self._late = f"{seconds:.1f} s, promised: {limit} s"
+
+    def late(self) -> str | None:
+        """Say what took too long since this was asked last."""
+        said, self._late = self._late, None
+        return said
 
     def some(self, cases: list) -> list:
         """Every n-th case, so that their share is about `share`."""
@@ -42,9 +56,10 @@ class Bench:
         self._count += 1
         return self.folder / f"run-{self._count}"
 
-    def start(self, run: Path, *overrides: str, **environment: str) -> Command:
-        """Start `encdec train`."""
-        return self.forks.start("train", self.recipe, *overrides, "--plugin", FAULTS, "--output", run, **environment)
+    def start(self, run: Path, *overrides: str, bound: bool = False, **environment: str) -> Command:
+        """Start `encdec train`; as one whom the permissions of files bind, if asked."""
+        words = ("train", self.recipe, *overrides, "--plugin", FAULTS, "--output", run)
+        return self.forks.start(*words, bound=bound, **environment)
 
     def unbroken(self, *overrides: str) -> Path:
         """The folder of a run with these overrides that nothing disturbed."""

@@ -14,6 +14,8 @@ from tests.reliability.bench import RUN, SAVES, Bench, not_whole, spoken
 
 Result = tuple[str, "str | None"]
 """A case, and what is wrong with how it went."""
+LIMIT = 2
+"""Seconds from a signal to the end of the process."""
 
 
 def random_kills(bench: Bench) -> Iterator[Result]:
@@ -86,8 +88,10 @@ def signals(bench: Bench) -> Iterator[Result]:
         run = bench.new() if point == "read" else bench.with_data(*SAVES)
         if point == "read":
             bench.unbroken(*SAVES)
-        command = bench.start(run, *SAVES, FAULT=f"{point}:{count}:{int(number)}:{times}")
+        told = bench.folder / "told"
+        command = bench.start(run, *SAVES, FAULT=f"{point}:{count}:{int(number)}:{times}", TOLD=str(told))
         wrong = spoken(command, (code,))
+        bench.took(command.seconds(told), LIMIT)
         wrong = wrong or not_whole(run, (run / "bundle").is_symlink())
         yield f"{signal.Signals(number).name} x {times} in {point} {count}", wrong or bench.finish(run, *SAVES)
 

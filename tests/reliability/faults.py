@@ -1,6 +1,7 @@
 """A plugin for runs under test: at the k-th call of a function, a signal; or system calls that fail or kill, by strace.
 
-`FAULT=fsync:3:9` kills at the third `os.fsync`; `FAULT=search:1:15:2` sends two SIGTERM. `STRACE=FILE` writes the
+`FAULT=fsync:3:9` kills at the third `os.fsync`; `FAULT=search:1:15:2` sends two SIGTERM, and `TOLD=FILE` is written
+just before. `STRACE=FILE` writes the
 system calls to FILE, and `INJECT=write:error=ENOSPC:when=4` lets one of them fail.
 `HOLD=FILE` waits in the reading of data as long as FILE stands.
 """
@@ -37,6 +38,8 @@ def arm(point: str, number: int, signal: int, times: int = 1) -> None:
         # What is decoded to predict the memory has one length.
         seen[0] += point != "search" or arguments[0].min_length != arguments[0].max_length
         if seen[0] == number:
+            if "TOLD" in os.environ:
+                Path(os.environ["TOLD"]).write_text("now")
             for _ in range(times):
                 os.kill(os.getpid(), signal)
         return original(*arguments, **options)
