@@ -55,6 +55,29 @@ def test_the_command_writes_a_mean_that_translates(forks, run, tmp_path):
     assert out.stdout.count("\n") == 1
 
 
+@pytest.mark.parametrize("metric", ["chrf", "ter"])  # more is better, less is better
+def test_the_last_and_the_best_models_of_a_run(forks, corpus, tmp_path, metric):
+    run, parts = tmp_path / "run", tmp_path / "run" / "bundles"
+    kept = ("train.average=8", f"train.metric={metric}", "train.rate=3e-2")
+    done = forks("train", corpus, *SHORT, *kept, "--output", run)
+    assert done.wait() == 0, done.stderr
+    name = {"chrf": "chrF2", "ter": "TER"}[metric]
+    scores = {line["step"]: line[name] for line in log_lines(run, "valid")}
+    sign = -1 if metric == "ter" else 1
+    order = sorted(scores, key=lambda step: (sign * scores[step], step))
+    best = sorted(order[-3:])
+    assert best != sorted(scores)[-3:], "this run shows nothing"
+    for flag, steps in (("--best", best), ("--last", [12, 14, 16])):
+        assert forks("average", run, flag, "3", "--output", tmp_path / flag).wait() == 0
+        assert forks("average", *(parts / step_name(s) for s in steps), "--output", tmp_path / "mean").wait() == 0
+        assert (tmp_path / flag / "model.safetensors").read_bytes() == (
+            tmp_path / "mean/model.safetensors"
+        ).read_bytes()
+    many = forks("average", run, "--last", "9", "--output", tmp_path / "no")
+    assert many.wait() == 2
+    assert "has 8 such models, not 9; train.average=9" in many.stderr
+
+
 def test_the_mean_of_one_model_with_itself_is_that_model(forks, run, tmp_path):
     done = forks("average", run, run / "bundle", "--output", tmp_path / "mean")
     assert done.wait() == 0, done.stderr
@@ -81,6 +104,10 @@ def test_what_the_command_refuses(forks, run, tmp_path):
         ((run, run, "--output", run / "data"), 2),
         ((run, run, "--output", run / "bundle"), 2),
         ((run, tmp_path / "no", "--output", tmp_path / "mean"), 5),
+        ((run, run, "--last", "2", "--output", tmp_path / "mean"), 2),
+        ((run, "--last", "2", "--best", "2", "--output", tmp_path / "mean"), 2),
+        ((run, "--last", "1", "--output", tmp_path / "mean"), 2),
+        ((tmp_path / "no", "--best", "2", "--output", tmp_path / "mean"), 2),
     ):
         done = forks("average", *words)
         assert done.wait() == code, done.stderr

@@ -20,7 +20,7 @@ from encdec_cli.reranking.oracle import Oracle
 from encdec_cli.text.example import Example
 from encdec_cli.training.data import prepared_data
 from encdec_cli.training.synthesis import write_outputs
-from tests.conftest import copy_task, save, write_lines
+from tests.conftest import copy_task, log_lines, save, write_lines
 from tests.test_contract import TEXT, make_bundle
 
 DISTILLED = """\
@@ -287,3 +287,22 @@ def test_distill_trains_and_compares_and_has_nothing_to_do_the_second_time(forks
         assert "writing in" not in refused.stderr
     test = Bundle.load(tmp_path / "small").recipe.data.config.read("test")
     assert [example.source for example in test] == (tmp_path / "corpus" / "test.src").read_text().split("\n")[:-1]
+
+
+def test_distill_of_tokens_decodes_nothing_and_learns_the_teachers_distribution(forks, copy_run, tmp_path):
+    recipe = copy_run.parent / "corpus" / "recipe.yaml"
+    words = ("distill", copy_run, "--student", recipe, "--level", "token", "train.steps=12", "train.validate_every=12")
+    for weight in ("0", "1"):
+        done = forks(*words, "--output", tmp_path / weight, "--metric", "exact", f"teacher.weight={weight}")
+        assert done.wait() == 0, done.stderr
+        assert done.stdout.count("\n") == 5
+        assert not (tmp_path / weight / "synthetic").exists()
+        loss = [line["loss"] for line in log_lines(tmp_path / weight, "train")]
+        assert loss == sorted(loss, reverse=True)
+    plain = forks("train", recipe, *words[6:], "--output", tmp_path / "plain")
+    assert plain.wait() == 0, plain.stderr
+    weights = [(tmp_path / run / "bundle" / "model.safetensors").read_bytes() for run in ("plain", "0", "1")]
+    assert weights[0] == weights[1] != weights[2]
+    refused = forks(*words, "--output", tmp_path / "no", "--strategy", "beam=1")
+    assert refused.wait() == 2
+    assert "--level token: one teacher, which decodes nothing" in refused.stderr

@@ -19,19 +19,31 @@ def average(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the new bundle.", show_default=False)
     ],
+    last: Annotated[
+        int | None, typer.Option("--last", metavar="N", min=2, help="The newest N models that a run has kept.")
+    ] = None,
+    best: Annotated[
+        int | None, typer.Option("--best", metavar="N", min=2, help="The N that scored best in its validations.")
+    ] = None,
     plugin: PluginOption = None,
 ) -> None:
     """Write a model whose weights are the mean of several models' weights, and print its folder.
 
-    Each PATH is a bundle, or a run, whose best model counts. They are checkpoints of one run (runs/mt/bundles/step_*,
-    where train.average says how many are kept) or runs that began with the same weights; those of runs with other seeds
-    have no useful mean: give them to `encdec generate` as an ensemble. Recipe and tokenizers are those of the last.
+    Each PATH is a bundle, or a run, whose best model counts. They are models of one run (train.average says how many
+    are kept; --last and --best choose of them) or runs that began with the same weights; those of runs with other
+    seeds have no useful mean: give them to `encdec generate` as an ensemble. Recipe and tokenizers are those of the
+    last.
     """
     from encdec_cli.bundle.average import average as mean
     from encdec_cli.bundle.bundle import find_bundle
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import load_plugins
 
+    plugins = load_plugins(plugin or [])
+    if last or best:
+        if len(models) > 1 or (last and best):
+            raise UsageError("--last and --best: give one of them, and one run.")
+        models = _of_run(models[0], last or best or 0, best is not None)
     if len(models) < 2:
         raise UsageError(f"{models[0]}: the mean of one model is that model; name two or more.")
     if output.is_symlink() or (output.exists() and not (output / "bundle.json").is_file()):
@@ -39,8 +51,26 @@ def average(
         raise UsageError(f"--output {output}: is a link or no bundle, so it is not replaced; choose another folder.")
     for path in models:
         find_bundle(path)  # before any is read
-    plugins = load_plugins(plugin or [])
     bundle = mean(models)
     bundle.plugins = plugins
     bundle.save_weights(output, bundle.model.state_dict())
     typer.echo(str(output))
+
+
+def _of_run(run: Path, count: int, best: bool) -> list[Path]:
+    """Return models that a run has kept, oldest first: the newest, or the best by its train.metric."""
+    from encdec_cli.bundle.bundle import Bundle, read_facts
+    from encdec_cli.config import parse_component
+    from encdec_cli.errors import UsageError
+    from encdec_cli.registry import metrics
+
+    kept = sorted((run / "bundles").glob("step_*"))
+    if best and kept:
+        metric = parse_component(Bundle.load(run).recipe.train.metric, metrics, "train.metric")
+        scores = {model: read_facts(model)["scores"].get(metric.names[0]) for model in kept}
+        judged = [model for model in kept if scores[model] is not None]  # not where it was no finite number
+        sign = 1 if metric.higher_is_better else -1
+        kept = sorted(judged, key=lambda model: (sign * scores[model], model))
+    if len(kept) < count:
+        raise UsageError(f"{run}: has {len(kept)} such models, not {count}; train.average={count} keeps so many.")
+    return sorted(kept[-count:])

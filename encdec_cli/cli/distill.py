@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
     from encdec_cli.text.example import Example
 
 
+class Level(str, Enum):
+    """What a student learns of its teacher."""
+
+    SEQUENCE = "sequence"
+    TOKEN = "token"  # noqa: S105 - no password
+
+
 def distill(
     teacher: Annotated[
         Path, typer.Argument(metavar="TEACHER", help="Bundle or run of the large model.", show_default=False)
@@ -35,6 +43,12 @@ def distill(
         Path, typer.Option("--student", metavar="RECIPE", help="The small model's recipe.", show_default=False)
     ],
     overrides: OverridesArgument = None,
+    level: Annotated[
+        Level,
+        typer.Option(
+            "--level", help="Learn the outputs that the teacher writes, or its distribution at each token of the data."
+        ),
+    ] = Level.SEQUENCE,
     model: Annotated[
         list[Path] | None,
         typer.Option("--model", "-m", metavar="PATH", help="A further teacher; repeat: they are an ensemble."),
@@ -51,8 +65,9 @@ def distill(
 
     The teacher decodes the sources of the student's recipe, what looks wrong is left out, the student learns the rest
     (sequence-level knowledge distillation), and teacher and student are measured on the test split: sentences a
-    second, and each metric with its 95 % interval. Started again, it goes on where it was interrupted. KEY=VALUE
-    changes a key of the student's recipe.
+    second, and each metric with its 95 % interval. With --level token nothing is decoded: the student, which must have
+    the teacher's vocabularies, learns the teacher's distribution beside the real targets. Started again, it goes on
+    where it was interrupted. KEY=VALUE changes a key of the student's recipe, such as teacher.weight.
     """
     from encdec_cli.bundle.run import default_run
     from encdec_cli.cli.evaluate import chosen_metrics
@@ -68,7 +83,13 @@ def distill(
             "--metric perplexity: outputs are compared; a metric of probabilities needs `encdec evaluate`."
         )
     teachers = [teacher, *(model or [])]
-    recipe, run = _with_outputs(recipe, teachers, strategy, rerank), output or default_run(student)
+    run = output or default_run(student)
+    if level is Level.SEQUENCE:
+        recipe = _with_outputs(recipe, teachers, strategy, rerank)
+    elif model or strategy or rerank:
+        raise UsageError("--level token: one teacher, which decodes nothing: no --model, --strategy or --rerank.")
+    else:
+        recipe = replace(recipe, teacher=replace(recipe.teacher, model=teacher))
     for path in map(Path.resolve, teachers):
         if run.resolve() in (path, *path.parents[:2]):  # a model of a run lies two folders below it
             raise UsageError(f"--output {run}: is the run of a teacher, {path}; choose another folder.")
