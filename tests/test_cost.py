@@ -278,6 +278,10 @@ class Time:
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.busy = 5.0
+
+    def process_time(self) -> float:
+        return self.busy
 
     def perf_counter(self) -> float:
         return self.now
@@ -314,6 +318,17 @@ def test_costs_are_added_up_over_processes_and_repeated_work_is_told(tmp_path, c
         assert words in sentence
     (tmp_path / account.SPENT).write_text("{")  # damaged: counted anew, never an error
     assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
+
+
+def test_energy_that_nobody_knows_is_estimated_from_the_time_of_busy_cores(tmp_path, clock):
+    (tmp_path / account.SPENT).write_text('{"seconds": 3600, "updates": 0, "joules": 0}')  # of before this was counted
+    made = Account(tmp_path, Cost(carbon_intensity=500), CPU, torch.float32, Progress())
+    made.energy = EnergyMeter(CPU, tmp_path)
+    clock.busy += 7200
+    clock.now += 3600
+    # Two cores were busy for an hour: 24 Wh.
+    assert made.clock(Progress())["spent"] == {"hours": 2.0, "kwh_estimated": 0.024, "co2_grams": 12.0}
+    assert "about 0.024 kWh, 12 g CO2" in made.sentence(Progress())
 
 
 def test_measured_energy_where_the_machine_tells_it(tmp_path, clock):

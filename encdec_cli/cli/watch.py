@@ -88,6 +88,7 @@ _COSTS = {
     "padding": "{:.1%} padding",
     "mfu": "{:.0%} of the machine's ceiling",
     "kwh": "{:.3g} kWh",
+    "kwh_estimated": "about {:.3g} kWh",
     "price": "price {:.2f}",
     "co2_grams": "{:.3g} g CO2",
 }

@@ -23,7 +23,12 @@ from encdec_cli.training.energy import EnergyMeter
 SPENT = "spent.json"
 _PATIENCE = 5.0
 """Seconds of training before the ceiling is measured: a short run does not wait for it."""
-_NOTHING = {"seconds": 0.0, "updates": 0, "joules": 0.0}
+_CORE_WATTS = 12.0
+"""Of a busy core, where nobody knows better: what Green Algorithms takes for any processor.
+
+Lannelongue, Grealey, Inouye 2021, https://doi.org/10.1002/advs.202100707; its table has 4 to 24 watts.
+"""
+_NOTHING = {"seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "joules": 0.0}
 
 
 def work(progress: Progress) -> dict[str, Any]:
@@ -67,6 +72,7 @@ class Account:
         """FLOPs a second of large matrix products; 0 before it is measured."""
         self.spent = self._before()
         self._begin = self._last = time.perf_counter()
+        self._cpu_seconds = time.process_time()
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
 
     def _before(self) -> dict[str, Any]:
@@ -76,7 +82,7 @@ class Account:
             found = atomic.read_json(self.path)
         except BundleError:
             found = None
-        return found if isinstance(found, dict) and found.keys() == _NOTHING.keys() else dict(_NOTHING)
+        return _NOTHING | found if isinstance(found, dict) and found.keys() <= _NOTHING.keys() else dict(_NOTHING)
 
     def clock(self, progress: Progress) -> dict[str, Any]:
         """Note what was spent since the last call; return all that the log tells of time and money."""
@@ -85,6 +91,10 @@ class Account:
         tokens, flops = progress.tokens - self._tokens, progress.flops - self._flops
         self.spent["seconds"] += seconds
         self.spent["updates"] += progress.step - self._updates
+        if self.device.type == "cpu":
+            cpu_seconds = time.process_time()
+            self.spent["cpu_seconds"] += cpu_seconds - self._cpu_seconds
+            self._cpu_seconds = cpu_seconds
         self.spent["joules"] += self.energy.joules() or 0.0
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
         atomic.write_file(self.path, atomic.json_bytes(self.spent))
@@ -100,14 +110,16 @@ class Account:
 
     def total(self) -> dict[str, float]:
         """Return what the run has cost up to the last call of `clock`; what is not known is left out."""
-        hours, joules = self.spent["seconds"] / 3600, self.spent["joules"]
-        energy = self.cost.watts * hours / 1000 or joules / 3.6e6
+        hours, measured = self.spent["seconds"] / 3600, self.spent["joules"] / 3.6e6
+        energy = self.cost.watts * hours / 1000 or measured
+        estimated = 0.0 if energy else _CORE_WATTS * self.spent["cpu_seconds"] / 3.6e6
         found = {
             "hours": hours,
             "kwh": energy,
-            "kwh_measured": joules / 3.6e6,
+            "kwh_measured": measured,
+            "kwh_estimated": estimated,
             "price": self.cost.price_per_hour * hours,
-            "co2_grams": self.cost.carbon_intensity * energy,
+            "co2_grams": self.cost.carbon_intensity * (energy or estimated),
         }
         return {name: round(value, 6) for name, value in found.items() if value}
 
@@ -127,6 +139,7 @@ class Account:
         repeated = spent["updates"] - progress.step
         words += [f"{repeated} updates done again after a kill"] if repeated > 0 else []
         words += [f"{total['kwh']:.3g} kWh"] if "kwh" in total else []
+        words += [f"about {total['kwh_estimated']:.3g} kWh"] if "kwh_estimated" in total else []
         words += [f"{total['price']:.2f} to pay"] if "price" in total else []
         words += [f"{total['co2_grams']:.3g} g CO2"] if "co2_grams" in total else []
         return "spent: " + ", ".join(words)
