@@ -52,7 +52,6 @@ def test_a_pattern_of_lora_is_tried(tmp_path):
     [
         (["train.accumulate=2"], "3 processes cannot share an update in 2 part"),
         (["train.accumulate=4", "parallel.shard=true"], "multiple of 3"),
-        (["train.accumulate=3", "train.tokens=auto"], "auto is for one process"),
     ],
 )
 def test_what_several_processes_cannot_do(tmp_path, keys, message):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from encdec_cli.data.batch import collate
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.gradients import Gradients
-from encdec_cli.training.meter import read
 from encdec_cli.training.objective import CrossEntropy
 from tests.test_resume import fingerprint
 
@@ -82,10 +81,10 @@ def test_layers_that_draw_from_torch_draw_the_same_again():
 def test_it_keeps_less():
     model = Transformer(Transformer.Config(4, 4, 32, 4, 128), VOCAB, VOCAB)
     (batch,) = batches(16, 20, 1)
-    parameters = list(model.parameters())
-    plain = read(model, CrossEntropy(0.1), parameters, batch)
+    gradients = Gradients(model, list(model.parameters()), CrossEntropy(0.1), 1)
+    plain = gradients.read(batch)
     model.checkpointing = True
-    less = read(model, CrossEntropy(0.1), parameters, batch)
+    less = gradients.read(batch)
     assert less.saved < plain.saved / 3
     assert less.peak < plain.peak / 2
     assert plain.flops < less.flops < 1.5 * plain.flops

@@ -34,7 +34,7 @@ from encdec_cli.training.energy import EnergyMeter
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.largest import need
 from encdec_cli.training.loss import real_rows
-from encdec_cli.training.meter import Meter, read
+from encdec_cli.training.meter import Meter
 from encdec_cli.training.objective import CrossEntropy, Objective, RDrop
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.signals import Stop
@@ -59,6 +59,19 @@ def test_bytes_alive_at_a_time():
         third.add_(1)
         _ = third[:10].sum()
     assert meter.peak == 8000
+
+
+def test_storages_that_change_their_size_count_with_what_they_have():
+    older, gathered = torch.ones(1000), torch.empty(1000)
+    gathered.untyped_storage().resize_(0)  # as between two uses of a unit of shares
+    with Meter(changing=True) as meter:
+        gathered.untyped_storage().resize_(4000)
+        result = gathered * older
+        assert (meter.live, meter.peak) == (8000, 8000)
+        gathered.untyped_storage().resize_(0)
+        del result
+        _ = older[:250] * 2
+        assert (meter.live, meter.peak) == (1000, 8000)
 
 
 def test_flops_of_a_product():
@@ -170,7 +183,7 @@ def forecast(model, load, accumulate: int = 1, dtype: torch.dtype = torch.float3
     model.to(dtype)
     gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)
     gradients.close()
-    return memory.Forecast(gradients, optimizer, accumulate, VOCAB, load)
+    return memory.Forecast(gradients, optimizer, accumulate, VOCAB, load, model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -189,7 +202,7 @@ def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, ch
     several = forecast(model, lambda rows: asked.append(len(rows)) or load(rows), 2, dtype)
     found = several.need(np.arange(160))
     assert max(asked[1:]) < 160 / 2  # the first time only lengths are looked at
-    whole = read(model, CrossEntropy(0.1), several.gradients.parameters, load(np.arange(160))).peak
+    whole = several.gradients.read(load(np.arange(160))).peak
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert found.activations == pytest.approx(several.gradients.workers * whole, rel=0.02, abs=4 * parameters)
     assert found.gradients == 4 * parameters

@@ -237,6 +237,26 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in lines if line["event"] == "train"]
 
 
+@pytest.mark.parametrize("layout", ["", SHARD, "parallel.tensor=2"])
+def test_memory_is_predicted_and_auto_finds_one_number_for_all(forks, corpus, tmp_path, layout):
+    options = (*TWO, "train.tokens=auto", "model.feed_forward=4096", *filter(None, [layout]), "--output")
+    dry = trained(forks, 2, corpus, *options, tmp_path / "dry", "--dry-run")
+    rows = dict(line.split(maxsplit=1) for line in dry[0].stderr.splitlines() if line.endswith(" MiB"))
+    assert {"optimizer", "total"} <= rows.keys()
+    # Two matrices of 32 x 4,096 in each of two layers have two moments; in shares or parts half of them.
+    assert float(rows["optimizer"].removesuffix(" MiB")) == pytest.approx(2 if layout else 4, abs=0.6)
+    run = tmp_path / "run"
+    told = trained(forks, 2, corpus, *options, run, "train.steps=2", "train.validate_every=0")
+    found = re.search(r"train.tokens: auto is (\d+) here", told[0].stderr)
+    assert found
+    assert int(found[1]) > 256
+    assert "memory: " in told[0].stderr
+    assert told[1].stderr == ""
+    again = trained(forks, 2, corpus, *options, run, "train.steps=3", "train.validate_every=0")
+    assert "going on from update 2 of 3" in again[0].stderr
+    assert json.loads((run / "run.json").read_text())["recipe"]["train"]["tokens"] == int(found[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["1:update:9:stop", "1:save:2:kill", "0:save:2:kill", "1:save:2:raise", "0:judge:1:stop"]

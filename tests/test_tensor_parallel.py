@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.tensors import read_pieces, to_bytes
+from encdec_cli.bundle.tensors import container, read_pieces
 from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.parts import Cut, Part, Piece, parts_of
@@ -123,7 +123,7 @@ def test_pieces_are_found_in_however_many_files_by_however_many_readers(writers,
         for number, piece in enumerate(pieces(writers)):
             paths.append(Path(folder) / f"{number}.safetensors")
             once = {"step": scalar, "same": whole} if number == 0 else {}
-            paths[-1].write_bytes(to_bytes({"w": taken(piece), **once}, {"w": piece}))
+            container({"w": taken(piece), **once}, {"w": piece}).write(paths[-1])
         for piece in pieces(readers):
             found = read_pieces(paths, {"w": piece})
             assert torch.equal(found["w"], taken(piece))

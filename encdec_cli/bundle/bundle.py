@@ -121,7 +121,7 @@ class Bundle:
             "plugins": [{"name": name, "sha256": sha256} for name, sha256 in made_with],
         }
         with atomic.new_folder(folder) as temporary:
-            (temporary / _WEIGHTS).write_bytes(tensors.to_bytes(weights))
+            tensors.container(weights).write(temporary / _WEIGHTS)
             (temporary / _SOURCE).write_bytes(self.source.to_bytes())
             if not shared:
                 (temporary / _TARGET).write_bytes(self.target.to_bytes())

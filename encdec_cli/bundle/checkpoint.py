@@ -94,10 +94,10 @@ def write_part(
 ) -> None:
     """Write the tensors, or a process's pieces of them, as one of several files, which together are whole."""
     name = _STATE if parts == 1 else f"state-{part:05d}-of-{parts:05d}.safetensors"
-    content = tensors.to_bytes(named, pieces)
-    atomic.need_room(folder, len(content))
+    content = tensors.container(named, pieces)
+    atomic.need_room(folder, content.size)
     with atomic.disk_errors(folder / name):
-        (folder / name).write_bytes(content)
+        content.write(folder / name)
 
 
 def drop(folder: Path, keep: int, anchor: int | None = None) -> None:

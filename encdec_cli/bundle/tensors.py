@@ -12,23 +12,42 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from encdec_cli.data.shard import read_header
+from encdec_cli.data.container import Container, Entry, read_header
 from encdec_cli.errors import BundleError
 from encdec_cli.models.parts import Piece
 
 MAX_TENSORS = 100_000
 _PIECES = "pieces"
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
-def to_bytes(tensors: dict[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> bytes:
-    """Return the tensors as the bytes of a safetensors file; equal tensors give equal bytes.
+def container(tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None = None) -> Container:
+    """Return a file with the tensors, ready to be written one by one; equal tensors give equal bytes.
 
     pieces: what those tensors are that are pieces of others; it is noted in the file, for `read_pieces`.
     """
     noted = {name: (piece.shape, piece.spans) for name, piece in (pieces or {}).items() if name in tensors}
-    # One entry: the library orders several by chance.
     metadata = {_PIECES: json.dumps(noted, sort_keys=True)} if noted else None
-    return safetensors.torch.save({name: tensors[name].detach().contiguous() for name in sorted(tensors)}, metadata)
+    return Container({name: _entry(tensor.detach()) for name, tensor in tensors.items()}, metadata)
+
+
+def _entry(tensor: Tensor) -> Entry:
+    def data() -> memoryview:
+        numbers: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        return numbers
+
+    return Entry(_DTYPES[tensor.dtype], tensor.itemsize, tuple(tensor.shape), data)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -71,7 +90,7 @@ def read_pieces(parts: Sequence[Path], wanted: Mapping[str, Piece] | None = None
 
 
 def _pieces_in(metadata: Mapping[str, str] | None) -> dict[str, Piece]:
-    """Return what `to_bytes` has noted in a file. Raises ValueError if that is something else."""
+    """Return what `container` has noted in a file. Raises ValueError if that is something else."""
     try:
         noted = json.loads((metadata or {}).get(_PIECES, "{}"))
         return {

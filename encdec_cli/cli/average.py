@@ -41,9 +41,7 @@ def average(
 
     plugins = load_plugins(plugin or [])
     if last or best:
-        if len(models) > 1 or (last and best):
-            raise UsageError("--last and --best: give one of them, and one run.")
-        models = _of_run(models[0], last or best or 0, best is not None)
+        models = _of_run(models, last, best)
     if len(models) < 2:
         raise UsageError(f"{models[0]}: the mean of one model is that model; name two or more.")
     if output.is_symlink() or (output.exists() and not (output / "bundle.json").is_file()):
@@ -57,13 +55,16 @@ def average(
     typer.echo(str(output))
 
 
-def _of_run(run: Path, count: int, best: bool) -> list[Path]:
+def _of_run(runs: list[Path], last: int | None, best: int | None) -> list[Path]:
     """Return models that a run has kept, oldest first: the newest, or the best by its train.metric."""
     from encdec_cli.bundle.bundle import Bundle, read_facts
     from encdec_cli.config import parse_component
     from encdec_cli.errors import UsageError
     from encdec_cli.registry import metrics
 
+    if len(runs) > 1 or (last and best):
+        raise UsageError("--last and --best: give one of them, and one run.")
+    run, count = runs[0], last or best or 0
     kept = sorted((run / "bundles").glob("step_*"))
     if best and kept:
         metric = parse_component(Bundle.load(run).recipe.train.metric, metrics, "train.metric")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -44,10 +43,7 @@ def distill(
     ],
     overrides: OverridesArgument = None,
     level: Annotated[
-        Level,
-        typer.Option(
-            "--level", help="Learn the outputs that the teacher writes, or its distribution at each token of the data."
-        ),
+        Level, typer.Option("--level", help="Learn what the teacher writes, or its distribution at each real token.")
     ] = Level.SEQUENCE,
     model: Annotated[
         list[Path] | None,
@@ -73,7 +69,6 @@ def distill(
     from encdec_cli.cli.evaluate import chosen_metrics
     from encdec_cli.cli.train import train_run
     from encdec_cli.errors import UsageError
-    from encdec_cli.models.packed import int8_supported
     from encdec_cli.recipe import load
 
     recipe = load(student, overrides or [], plugins=plugin or [])
@@ -86,17 +81,13 @@ def distill(
     run = output or default_run(student)
     if level is Level.SEQUENCE:
         recipe = _with_outputs(recipe, teachers, strategy, rerank)
-    elif model or strategy or rerank:
-        raise UsageError("--level token: one teacher, which decodes nothing: no --model, --strategy or --rerank.")
     else:
-        recipe = replace(recipe, teacher=replace(recipe.teacher, model=teacher))
+        recipe = _with_teacher(recipe, teachers, decodes=strategy or rerank)
     for path in map(Path.resolve, teachers):
         if run.resolve() in (path, *path.parents[:2]):  # a model of a run lies two folders below it
             raise UsageError(f"--output {run}: is the run of a teacher, {path}; choose another folder.")
     train_run(recipe, run, device)
-    small = "int8" if device == "cpu" and int8_supported() else "bf16"
-    models = [(teacher, "fp32"), (run, "fp32"), (run, small)]
-    _print(_rows(models, examples, device, metrics), as_json)
+    _print(_rows(teacher, run, examples, device, metrics), as_json)
 
 
 def _with_outputs(recipe: Recipe, teachers: list[Path], strategy: str | None, rerank: str | None) -> Recipe:
@@ -106,6 +97,15 @@ def _with_outputs(recipe: Recipe, teachers: list[Path], strategy: str | None, re
 
     data = Distilled(corpus=recipe.data, models=teachers, strategy=strategy or "", rerank=rerank or "")
     return replace(recipe, data=Component("distilled", data, Distilled))
+
+
+def _with_teacher(recipe: Recipe, teachers: list[Path], decodes: str | None) -> Recipe:
+    """Return the recipe with a teacher of its tokens."""
+    from encdec_cli.errors import UsageError
+
+    if len(teachers) > 1 or decodes:
+        raise UsageError("--level token: one teacher, which decodes nothing: no --model, --strategy or --rerank.")
+    return replace(recipe, teacher=replace(recipe.teacher, model=teachers[0]))
 
 
 def _held_out(recipe: Recipe) -> list[Example]:
@@ -136,16 +136,17 @@ class _Row:
     """With the teacher's outputs as the baseline, but for the teacher's own."""
 
 
-def _rows(
-    models: Sequence[tuple[Path, str]], examples: list[Example], device: str, metrics: list[Metric]
-) -> list[_Row]:
-    """Measure models, each in a precision, one after the other; the first one is what the others are compared with."""
+def _rows(teacher: Path, student: Path, examples: list[Example], device: str, metrics: list[Metric]) -> list[_Row]:
+    """Measure the teacher, the student, and the student in few bits, in turn; all are compared with the first."""
     from encdec_cli.cli.models import load_bundles
     from encdec_cli.evaluation.report import Outputs, evaluate
     from encdec_cli.evaluation.significance import Resampling
     from encdec_cli.evaluation.tradeoff import timed
     from encdec_cli.generation.lines import Options
+    from encdec_cli.models.packed import int8_supported
 
+    small = "int8" if device == "cpu" and int8_supported() else "bf16"
+    models = [(teacher, "fp32"), (student, "fp32"), (student, small)]
     rows: list[_Row] = []
     references = [[example.target or "" for example in examples]]
     baseline: list[str] | None = None

@@ -126,7 +126,7 @@ def _run(trainer: Trainer, steps: int) -> None:
             f"nothing to do: {setting.run} {what}; raise train.{key} to go on, or choose another --output to start anew"
         )
         return
-    setting.ranks.first_does("the forecast of memory", lambda: _tell_memory(trainer))
+    _tell_memory(trainer)
     if not setting.ranks.first:
         trainer.run(lambda *_: None)
         return
@@ -195,10 +195,8 @@ def _tell_memory(trainer: Trainer) -> None:
     from encdec_cli.training.largest import need
     from encdec_cli.training.memory import available
 
-    if trainer.layout.even:  # what a share needs is not predicted
-        return
     wanted, free = need(trainer), available(torch.device(trainer.setting.device))
-    console.say(f"memory: {_size(wanted.total)} at most")
+    trainer.setting.say(f"memory: {_size(wanted.total)} at most")
     if 0 < free < wanted.growth:
         console.warn(
             f"{_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has now; lower "
@@ -210,14 +208,13 @@ def _dry_run(trainer: Trainer) -> str:
     from encdec_cli.cli.console import table
     from encdec_cli.training.largest import need, try_largest
 
-    wanted = None if trainer.layout.even else need(trainer)
+    wanted = need(trainer)
     parameters, learning, batches = try_largest(trainer)
     some = f", of which {learning:,} learn," if learning < parameters else ""
-    parts = {**vars(wanted), "total": wanted.total} if wanted else {}
-    rows = [[name, _size(value)] for name, value in parts.items() if value]
-    memory = f"memory of the largest update, predicted:\n{table(rows)}\n" if wanted else ""
+    rows = [[name, _size(value)] for name, value in {**vars(wanted), "total": wanted.total}.items() if value]
     return (
-        f"{memory}dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
+        f"memory of the largest update, predicted:\n{table(rows)}\n"
+        f"dry run: the recipe is good; {parameters:,} parameters{some} in {trainer.precision}, {batches:,} "
         "micro-batches an epoch; the largest one and a validation batch fit; nothing was trained"
     )
 

@@ -7,17 +7,16 @@ must cost neither memory nor a traceback.
 
 from __future__ import annotations
 
-import json
 import mmap
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from encdec_cli.data.container import Container, Entry, read_header
 from encdec_cli.errors import BundleError
 
 Ids = npt.NDArray[Any]
@@ -25,7 +24,6 @@ Ids = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
 SIDES = ("source", "target")
-_HEADER_LIMIT = 16 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "I64": np.dtype("<i8")}
 _TENSORS = {"source.tokens", "source.offsets", "target.tokens", "target.offsets"}
 
@@ -54,22 +52,10 @@ class Shard:
 
 def write_shard(path: Path, tensors: dict[str, npt.NDArray[Any]], metadata: dict[str, str]) -> None:
     """Write one shard, into a folder that `atomic.new_folder` is filling: equal tensors give equal bytes."""
-    # Not safetensors' own writer: it orders metadata by chance, and equal data must give equal bytes.
     names = {dtype: name for name, dtype in _DTYPES.items()}
     parts = {name: value.astype(value.dtype.newbyteorder("<"), copy=False) for name, value in tensors.items()}
-    order = sorted(parts, key=lambda name: (-parts[name].itemsize, name))  # the widest first: all stay aligned
-    header: dict[str, Any] = {"__metadata__": metadata}
-    begin = 0
-    for name in order:
-        end = begin + parts[name].nbytes
-        header[name] = {"dtype": names[parts[name].dtype], "shape": [len(parts[name])], "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            file.write(parts[name].data)
+    entries = {name: Entry(names[part.dtype], part.itemsize, part.shape, part.data) for name, part in parts.items()}
+    Container(entries, metadata).write(path)
 
 
 def read_shard(path: Path, split: str) -> Shard:
@@ -96,31 +82,6 @@ def read_shard(path: Path, split: str) -> Shard:
 
 def _damaged(path: Path, what: str) -> BundleError:
     return BundleError(f"{path}: {what}; the shard is damaged, or not one of ours.")
-
-
-def read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Return the header of a safetensors file and where its data begin.
-
-    Raises ValueError or RecursionError if it is damaged, or larger than any of ours.
-    """
-    size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    length = int.from_bytes(prefix, "little")
-    if len(prefix) < 8 or length > size - 8:
-        raise ValueError(f"the file has {size} bytes, less than its header needs ({8 + length})")
-    if length > _HEADER_LIMIT:
-        raise ValueError(f"a header of {length} bytes is larger than the allowed {_HEADER_LIMIT}")
-    header = json.loads(file.read(length), object_pairs_hook=_unique)
-    if not isinstance(header, dict):
-        raise ValueError("the header is not a JSON object")
-    return header, 8 + length
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in the header")
-    return found
 
 
 def _entries(path: Path, header: dict[str, Any], data: int) -> dict[str, tuple[str, int, int]]:

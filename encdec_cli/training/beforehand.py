@@ -81,9 +81,6 @@ def _check_model(recipe: Recipe) -> None:
 def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
     _check_tensor(recipe, ranks.world)
     _check_update(recipe, ranks, say)
-    world = ranks.world
-    if world > 1 and recipe.train.tokens == "auto":
-        raise UsageError("train.tokens: auto is for one process; give the number that it found for one of them.")
 
 
 def _check_update(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:

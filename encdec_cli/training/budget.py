@@ -10,6 +10,7 @@ import torch
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import ResourceError
+from encdec_cli.training.distributed import shared_cores
 from encdec_cli.training.largest import need
 from encdec_cli.training.memory import available
 from encdec_cli.training.trainer import Setting, Trainer
@@ -17,6 +18,7 @@ from encdec_cli.training.trainer import Setting, Trainer
 MOST = 1 << 16
 """Tokens beyond which nothing gets faster, and learning only slower."""
 _FIRST = 2048
+_WHAT = "the forecast of memory"
 _SHARE = 0.75
 """Of the free memory: what a process adds to what it has was seen to be up to 1.27 times what was predicted."""
 
@@ -29,7 +31,7 @@ def settle(setting: Setting) -> Setting:
     """
     if setting.recipe.train.tokens != "auto":
         return setting
-    before = checkpoint.newest_facts(setting.run / "checkpoints")
+    before = setting.ranks.first_does("the start", lambda: checkpoint.newest_facts(setting.run / "checkpoints"))
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
     longest = setting.data.longest("train")
@@ -47,14 +49,15 @@ def _with(setting: Setting, tokens: int) -> Setting:
 
 
 def _largest(trainer: Trainer, longest: int) -> int:
-    """Return the largest step of a fixed ladder that fits: small changes of what is free then change nothing."""
-    limit = int(_SHARE * available(torch.device(trainer.setting.device)))
+    """Return the largest step of a fixed ladder that fits all: small changes of what is free then change nothing."""
+    device, ranks = torch.device(trainer.setting.device), trainer.ranks
+    limit = int(_SHARE * available(device)) // (shared_cores() if device.type == "cpu" else 1)
     ladder = [longest, *(step for step in _ladder() if longest < step <= MOST)]
     first = max(_FIRST, longest)
     usual = need(trainer, first)
-    guess = first * (limit - usual.gradients) / max(1, usual.activations + usual.waste)
+    guess = ranks.least(_WHAT, first * (limit - usual.gradients) / max(1, usual.activations + usual.waste))
     for tokens in reversed([step for step in ladder if step <= guess] or ladder[:1]):
-        if need(trainer, tokens).growth <= limit:
+        if ranks.least(_WHAT, limit - need(trainer, tokens).growth) >= 0:
             return tokens
     raise ResourceError(
         f"train.tokens: auto: a micro-batch of the longest example, {longest} tokens, does not fit into the "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +11,10 @@ from torch import Tensor, nn
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
+from encdec_cli.models.parts import held
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.meter import Reading, read
 from encdec_cli.training.objective import Objective
 
 Work = Callable[[], Tensor]
@@ -61,13 +62,25 @@ class CollectiveGradients:
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
             with self.ranks.computing("a micro-batch"):
                 with drawing(own_seed):
-                    loss = self.around(partial(self.objective, self.model, batch, Gathered(self.model), weight))
-                loss.backward()  # type: ignore[no-untyped-call]
-            gradients: list[Any] = [parameter.grad for parameter in self.parameters]
-            for parameter in self.parameters:
-                parameter.grad = None
-            # A DTensor by its method: its module takes a second to import.
-            yield float(loss.detach()) / weight, tuple(g.to_local() if hasattr(g, "to_local") else g for g in gradients)
+                    loss = self._loss(batch, weight)
+                gradients = self._differentiate(loss)
+            yield float(loss.detach()) / weight, tuple(gradients)
+
+    def read(self, batch: Batch) -> Reading:
+        """Count what loss and gradient of a micro-batch take in this process, and forget them; all must ask at once."""
+        with self.ranks.computing("the forecast of memory"):
+            return read(self.model, partial(self._loss, batch, 1.0), self._differentiate, changing=True)
+
+    def _loss(self, batch: Batch, weight: float) -> Tensor:
+        return self.around(partial(self.objective, self.model, batch, Gathered(self.model), weight))
+
+    def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
+        """Return the gradients of the parameters, this process's rows of them."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients = [None if p.grad is None else held(p.grad) for p in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        return gradients
 
 
 class Gathered:

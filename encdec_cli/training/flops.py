@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from encdec_cli.data.batch import collate
 from encdec_cli.models.model import Model
-from encdec_cli.training.meter import read
+from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.objective import Objective
 
 Wholes = npt.NDArray[np.int64]
@@ -91,7 +91,8 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
             for vocabulary, side in zip(vocabularies, (source, target), strict=True)
         ]
         with _every_layer_kept(model):
-            readings.append(read(model, objective, learning, collate(ids[0], ids[1], range(len(source))).to(device)))
+            batch = collate(ids[0], ids[1], range(len(source))).to(device)
+            readings.append(Gradients(model, learning, objective, 1).read(batch))
         rows.append(features(len(source), max(source), max(target), sum(target)))
     return Formula(
         *(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -15,6 +16,7 @@ from encdec_cli.data.batch import Batch
 from encdec_cli.errors import ResourceError
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
+from encdec_cli.training.meter import Reading, read
 from encdec_cli.training.objective import Objective
 
 Gradient = tuple[float, tuple[Tensor | None, ...]]
@@ -88,6 +90,11 @@ class Gradients:
                 done = list(self._pool.map(self._tried, group))
             for job in group:  # given away one by one, so that no gradient outlives its use
                 yield done.pop(0) or self._in_halves(*job)  # by now without neighbours
+
+    def read(self, batch: Batch) -> Reading:
+        """Count what loss and gradient of a micro-batch take, and forget them."""
+        loss_of = partial(self.objective, self.model, batch, self.parameters, 1.0)
+        return read(self.model, loss_of, partial(torch.autograd.grad, inputs=self.parameters, allow_unused=True))
 
     def _tried(self, job: tuple[Batch, float, int]) -> Gradient | None:
         """Return loss and gradient of a micro-batch; None if there is not enough memory."""

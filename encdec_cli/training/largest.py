@@ -9,13 +9,21 @@ from encdec_cli.training.trainer import Trainer
 def need(trainer: Trainer, tokens: int = 0) -> Need:
     """Predict the memory of training by computing parts of its largest micro-batch, and of a validation.
 
-    tokens: of a micro-batch, if they are to be other than the run's.
+    tokens: of a micro-batch, if they are to be other than the run's. Every process must ask at once.
     """
+    ranks, train = trainer.ranks, trainer.train
     sampler = trainer.sampler_of(tokens) if tokens else trainer.sampler
     vocabulary = len(trainer.setting.data.target.vocabulary)
-    parts = trainer.gradients, trainer.optimizer, trainer.train.accumulate
-    decoding = trainer.validation.peak(trainer.bundle)
-    return Forecast(*parts, vocabulary, trainer.first, decoding).need(trainer.largest(sampler))
+    decoding = ranks.first_does("the forecast of memory", lambda: trainer.validation.peak(trainer.bundle))
+    return Forecast(
+        gradients=trainer.gradients,
+        optimizer=trainer.optimizer,
+        accumulate=len(ranks.share(range(train.accumulate))),
+        vocabulary=vocabulary,
+        load=trainer.first,
+        copy=trainer.bundle.model,
+        decoding=decoding if ranks.first else 0,
+    ).need(trainer.largest(sampler))
 
 
 def try_largest(trainer: Trainer) -> tuple[int, int, int]:

@@ -23,6 +23,7 @@ from encdec_cli.recipe import Recipe
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.gradients import Gradient, Gradients
 from encdec_cli.training.lora import merged
+from encdec_cli.training.meter import Reading
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
@@ -33,7 +34,6 @@ class Computing(Protocol):
 
     model: Model
     parameters: Sequence[nn.Parameter]
-    objective: Objective
     workers: int
 
     def close(self) -> None:
@@ -43,6 +43,9 @@ class Computing(Protocol):
         self, batches: Sequence[Batch], weight: float, seed: int, numbers: Sequence[int] | None = None
     ) -> Iterator[Gradient]:
         """Yield loss and gradient of each micro-batch, in order."""
+
+    def read(self, batch: Batch) -> Reading:
+        """Count what loss and gradient of a micro-batch take, and forget them."""
 
 
 class Layout(Protocol):
@@ -105,9 +108,10 @@ class Replicated:
         """Return what gives the weights of the optimizer, and buffers as the model has them; see `Layout`."""
 
         def named() -> dict[str, Tensor]:
-            state = model.state_dict().items()
-            values = {name: value.float() if value.is_floating_point() else value for name, value in state}
-            return merged(model, values | optimizer.masters() | optimizer.averages())
+            values = optimizer.masters() | optimizer.averages()
+            others = {name: value for name, value in model.state_dict().items() if name not in values}
+            in_full = {name: value.float() if value.is_floating_point() else value for name, value in others.items()}
+            return merged(model, in_full | values)
 
         return named
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch
+from encdec_cli.models.model import Model
+from encdec_cli.models.parts import held
 from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import chunk_of
-from encdec_cli.training.meter import read
 from encdec_cli.training.optimizer import Optimizer
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -41,7 +42,7 @@ class Need:
     """Bytes that training holds at its worst moment, by what they are for."""
 
     program: int
-    """What the process has without any of the following: Python, torch, the data. 0 on a GPU."""
+    """What the process has without any of the following: Python, torch, the data; on a GPU a teacher, for example."""
     weights: int
     """Parameters and buffers of the model."""
     optimizer: int
@@ -53,7 +54,7 @@ class Need:
     waste: int
     """What the allocator keeps and nobody uses."""
     saving: int
-    """The copy of the optimizer's state that becomes a checkpoint, when gradients and activations are gone."""
+    """The whole weights in fp32 that the first of several processes brings together in its main memory."""
     validation: int
     """What decodes the validation examples, when gradients and activations are gone."""
 
@@ -75,11 +76,13 @@ class Forecast:
     gradients: Computing
     optimizer: Optimizer
     accumulate: int
-    """Micro-batches of an update."""
+    """Micro-batches of an update that this process computes."""
     vocabulary: int
     """Of the target."""
     load: Callable[[Ints], Batch]
     """Makes a micro-batch, on the device, of training examples."""
+    copy: Model
+    """What is judged and published: the model itself, or a copy if that is shared out."""
     decoding: int = 0
     """The most bytes alive while the validation examples are decoded."""
 
@@ -87,17 +90,17 @@ class Forecast:
         """Predict what updates take whose largest micro-batch has these examples, as `Sampler.cut` orders them."""
         model, parameters = self.gradients.model, self.gradients.parameters
         few, more = self._sizes(rows)
-        first, second = (read(model, self.gradients.objective, parameters, self.load(rows[:n])) for n in (few, more))
+        first, second = (self.gradients.read(self.load(rows[:n])) for n in (few, more))
         further = (len(rows) - few) / max(1, more - few)
         # Which of both phases is the worse one may change with the rows; each grows evenly.
         phases = (first.forward, second.forward), (first.backward, second.backward)
         peak = max(one + round(further * (other - one)) for one, other in phases)
         device = parameters[0].device
         waste = self._waste(self.load(rows[:more]), second.peak) if device.type == "cpu" else 0.0
-        model_bytes = [*model.parameters(), *model.buffers()]
+        model_bytes = [*model.parameters(), *model.buffers(), *self.copy.parameters(), *self.copy.buffers()]
         state = list(self.optimizer.state().values())
         weights = _bytes(model_bytes)
-        sums = 4 * sum(parameter.numel() for parameter in parameters)
+        sums = 4 * sum(held(parameter).numel() for parameter in parameters)
         together = self.gradients.workers
         activations = together * peak
         if self.accumulate <= together:  # the sums are made after the last activation is gone
@@ -105,15 +108,21 @@ class Forecast:
         optimizer = _bytes([*model_bytes, *state]) - weights  # a parameter in fp32 is its own master
         reset_peak()
         return Need(
-            program=max(0, resident() - weights - optimizer) if device.type == "cpu" else 0,
+            program=max(0, _held_now(device) - weights - optimizer),
             weights=weights,
             optimizer=optimizer,
             gradients=sums,
             activations=activations,
             waste=round(waste * (activations + sums)),
-            saving=_bytes(state) if device.type == "cpu" else 0,
+            saving=self._whole() if device.type == "cpu" else 0,
             validation=round((1 + waste) * self.decoding),
         )
+
+    def _whole(self) -> int:
+        """Return the bytes of the weights in fp32, in the process that has a whole copy of a model in shares."""
+        if self.copy is self.gradients.model:
+            return 0
+        return 4 * sum(parameter.numel() for parameter in self.copy.parameters() if not parameter.is_meta)
 
     def _sizes(self, rows: Ints) -> tuple[int, int]:
         """Return the rows of two samples. Both fill two chunks of logits, which stand together, if the batch does."""
@@ -133,12 +142,16 @@ class Forecast:
             for _ in self.gradients.of([batch] * together, 1.0, 0):
                 pass
         grown = peak_resident() - before if before else 0
-        return min(1.0, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
+        return min(3.0, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [held(tensor).untyped_storage() for tensor in tensors if tensor.device.type != "meta"]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held_now(device: torch.device) -> int:
+    return resident() if device.type == "cpu" else torch.cuda.memory_allocated(device)
 
 
 def resident() -> int:

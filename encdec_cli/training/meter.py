@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,10 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from encdec_cli.data.batch import Batch
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
-from encdec_cli.training.objective import Objective
 
 
 def _linear_flops(x: Sequence[int], weight: Sequence[int]) -> int:
@@ -37,9 +36,13 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     FLOPs are those of matrix products, attention and convolutions, by torch's own formulas. Bytes are those of tensors
     that operations of the block made; what a kernel needs inside itself is not seen.
+
+    Args:
+        changing: whether storages change their size, as those of gathered weights do: then all tensors that are empty
+            now, or not there yet, count with the size that they have at each time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, changing: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
         self.peak = 0
@@ -47,6 +50,10 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live = 0
         """The bytes that are alive now."""
         self._known: dict[int, weakref.ref[Any]] = {}
+        self._sizes: dict[int, int] = {}
+        self._changing = changing
+        if changing:
+            self._note((each for each in gc.get_objects() if type(each) in (Tensor, nn.Parameter)), ours=False)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -55,9 +62,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one operation."""
         kwargs = kwargs or {}
-        self._note((*args, *kwargs.values()), ours=False)
+        self._note((*args, *kwargs.values()), ours=self._changing)
         result = func(*args, **kwargs)
         self._note((result,), ours=True)
+        if self._changing:
+            self._look_again()
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
@@ -70,16 +79,25 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in _tensors(values):
             storage = tensor.untyped_storage()
             key = storage._cdata
-            if key not in self._known:
-                size = storage.nbytes() if ours else 0  # an argument that was not known is older than the block
-                self._known[key] = weakref.ref(storage, self._forgetter(key, size))
-                self.live += size
-                self.peak = max(self.peak, self.live)
+            if key not in self._known and (ours or storage.nbytes()):
+                self._known[key] = weakref.ref(storage, self._forgetter(key))
+                if ours:  # an argument that was not known is older than the block
+                    self._sizes[key] = storage.nbytes()
+                    self.live += self._sizes[key]
+                    self.peak = max(self.peak, self.live)
 
-    def _forgetter(self, key: int, size: int) -> Callable[[Any], None]:
+    def _look_again(self) -> None:
+        for key, size in self._sizes.items():
+            storage = self._known[key]()
+            if storage is not None and storage.nbytes() != size:
+                self._sizes[key] = storage.nbytes()
+                self.live += self._sizes[key] - size
+        self.peak = max(self.peak, self.live)
+
+    def _forgetter(self, key: int) -> Callable[[Any], None]:
         def forget(_reference: Any) -> None:
             del self._known[key]
-            self.live -= size
+            self.live -= self._sizes.pop(key, 0)
 
         return forget
 
@@ -110,13 +128,21 @@ class Reading:
         return max(self.forward, self.backward)
 
 
-def read(model: Model, objective: Objective, parameters: Sequence[nn.Parameter], batch: Batch) -> Reading:
-    """Compute loss and gradient of a micro-batch and throw both away; the model is left as it was, in training mode."""
+def read(
+    model: Model,
+    loss_of: Callable[[], Tensor],
+    differentiate: Callable[[Tensor], object],
+    changing: bool = False,
+) -> Reading:
+    """Compute loss and gradient of a micro-batch and throw both away; the model is left as it was, in training mode.
+
+    changing: see `Meter`.
+    """
     model.train()
-    with _undisturbed(model), drawing(0), Meter() as meter:
-        loss = objective(model, batch, parameters, 1.0)
+    with _undisturbed(model), drawing(0), Meter(changing) as meter:
+        loss = loss_of()
         saved, forward, meter.peak = meter.live, meter.peak, meter.live
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        differentiate(loss)
         del loss
     return Reading(meter.flops, saved, forward, meter.peak)
 

@@ -59,7 +59,7 @@ def measure(number: int) -> dict[str, int]:
     optimizer = make_optimizer(model, Train(), (), dtype)
     model.to(dtype)
     gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)
-    need = memory.Forecast(gradients, optimizer, accumulate, vocab, load).need(rows)
+    need = memory.Forecast(gradients, optimizer, accumulate, vocab, load, model).need(rows)
     before = memory.reset_peak()
     for update in range(3):
         for _, gradient in gradients.of([load(rows)] * accumulate, 1.0, update):

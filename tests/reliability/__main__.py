@@ -66,7 +66,7 @@ def main() -> int:
                 if said := problem or bench.late():
                     wrong += 1
                     print(f"{name}: {case}: {said}", file=sys.stderr, flush=True)
-            slowest = "" if bench.slowest is None else f"{bench.slowest:.1f} s"
+            slowest = "" if bench.slowest is None else f"{bench.slowest:.2f} s"
             rows.append([name, what, str(cases), str(wrong), slowest, f"{time.monotonic() - began:.0f}"])
             print(table(rows[-1:]), file=sys.stderr, flush=True)
             failed += wrong
