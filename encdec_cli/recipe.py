@@ -52,8 +52,7 @@ class Train:
     steps: Positive = 10_000
     """Updates of the weights in all."""
     tokens: Positive | Literal["auto"] = 4096
-    """Most padded tokens of the longer side in one micro-batch; auto, for one process, takes what fits the
-    memory when the run begins."""
+    """Most padded tokens of the longer side in one micro-batch; auto takes what fits the memory when the run begins."""
     checkpointing: bool = False
     """Whether layers are computed a second time in the backward pass, which takes time and saves their activations."""
     compile: bool | Literal["auto"] = "auto"

@@ -16,16 +16,22 @@ import time
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
+from encdec_cli.data.batch import collate
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.models.parts import Part, divide
 from encdec_cli.models.transformer import Transformer
+from encdec_cli.recipe import Train
 from encdec_cli.training.distributed import Ranks
+from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.objective import CrossEntropy
+from encdec_cli.training.rules import make_optimizer
 from tests.conftest import copy_task, environment
 from tests.forked import Command
 from tests.test_resume import fingerprint
@@ -269,13 +275,19 @@ def test_a_lost_process_of_shares_and_what_is_left_of_its_checkpoint(forks, corp
     assert_same(tmp_path / "run", tmp_path / "unbroken")
 
 
-def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():
+def cluster() -> ModuleType:
+    """Return `docs/cluster.py`."""
     spec = importlib.util.spec_from_file_location("cluster", Path(__file__).parent.parent / "docs" / "cluster.py")
-    cluster = importlib.util.module_from_spec(spec)
-    sys.modules["cluster"] = cluster  # a dataclass looks for its module
-    spec.loader.exec_module(cluster)
-    assert cluster.PAGE.read_text(encoding="utf-8") == cluster.page(), "run python docs/cluster.py"
-    plan = cluster.Plan("small", 3, 64, 96, 50, 1000, True)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["cluster"] = module  # a dataclass looks for its module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_does():
+    page = cluster()
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run python docs/cluster.py"
+    plan = page.Plan("small", 3, 64, 96, 50, 1000, True)
     model = Transformer(Transformer.Config(3, 3, 64, 4, 96), 50, 50)
     assert plan.weights() == sum(parameter.numel() for parameter in model.parameters())
     part = deepcopy(model)
@@ -285,6 +297,20 @@ def test_the_plan_of_the_page_is_that_of_its_formulas_and_counts_as_the_model_do
     sizes = [sum(parameter.numel() for parameter in module.parameters()) for module in (layer, reader)]
     assert plan.unit() == sizes[0] - sizes[1]
     assert plan.sent(2) == 8 * plan.weights() / 2
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "inner", "rows", "length"), [(3, 128, 512, 40, 50), (2, 256, 1024, 64, 32)]
+)
+def test_the_plan_of_the_page_needs_what_is_predicted_for_a_run(layers, width, inner, rows, length):
+    plan = cluster().Plan("small", layers, width, inner, 200, rows * length, shard=False)
+    model = Transformer(Transformer.Config(layers, layers, width, 4, inner, dropout=0.1), 200, 200)
+    optimizer = make_optimizer(model, Train(), (), torch.bfloat16)
+    gradients = Gradients(model.to(torch.bfloat16), optimizer.parameters, CrossEntropy(0.1), 1)
+    found = gradients.read(collate([[5] * (length - 1)] * rows, [[5] * (length - 1)] * rows, range(rows)))
+    assert plan.activations() == pytest.approx(found.saved, rel=0.1)
+    state = sum(tensor.nbytes for tensor in (*model.parameters(), *optimizer.state().values()))
+    assert plan.state(1) == pytest.approx(state + (2 + 4) * plan.weights(), rel=0.001)  # and both gradients
 
 
 def order(ranks: list[Ranks], plan: Sampler, step: int, updates: int, accumulate: int) -> list[list[int]]:

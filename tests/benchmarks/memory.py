@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.memory
 
-The prediction is the one of `encdec train --dry-run`; measured is the peak of the process during three updates.
+The prediction is the one of `encdec train --dry-run`; measured is the peak of the process during three updates, after
+which the optimizer's state is written as a checkpoint.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from encdec_cli.bundle.tensors import container
 from encdec_cli.data.batch import collate
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.recipe import Train
@@ -68,6 +72,8 @@ def measure(number: int) -> dict[str, int]:
         optimizer.clip(1.0)
         optimizer.step(1e-3)
     gradients.close()
+    with tempfile.TemporaryDirectory() as folder:
+        container(optimizer.state()).write(Path(folder) / "state.safetensors")
     peak = memory.peak_resident()
     update = need.gradients + need.activations + need.waste
     return {"predicted": need.total - need.growth + update, "measured": peak, "growth": update, "grown": peak - before}
