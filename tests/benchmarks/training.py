@@ -2,14 +2,15 @@
 
     pip install transformers accelerate joeynmt
     encdec preprocess recipes/multi30k.yaml data.root=multi30k text.vocabulary=8000 --output RUN
-    python -m tests.benchmarks.training --data RUN/data --size base
+    python -m tests.benchmarks.training --data RUN/data
 
 Every tool is a process of its own that trains a new model of the same size, epoch after epoch over the same pairs, in
 turn with the others; the first epoch is not counted. Ours takes `--tokens` tokens an update, padding included; the
 others as many sentences an update as ours on average, so that an update has as many real tokens. Hugging Face groups
 them by length, nn.Transformer and JoeyNMT take them as they are shuffled; nn.Transformer is also given our batches.
-The table has real target tokens (EOS counted, padding not) a second and a CPU-second, their spread, memory, and how
-many times faster our best is. A tool whose package is missing is left out.
+Each size, small (3+3 layers of 256) and base (6+6 of 512), has its table: real target tokens (EOS counted, padding not)
+a second and a CPU-second, their spread, memory, and how many times faster our best is. A tool whose package is missing
+is left out.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 from encdec_cli.data.sampler import Sampler
 from encdec_cli.training.precision import choose
 
+from .speed import SIZES
 from .training_engines import add_options, pairs_of
 
 
@@ -112,28 +114,9 @@ def show(rows: list[Tool], clock: str) -> None:
         )
 
 
-def main() -> None:
-    """Train with every tool in turn and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.benchmarks.training",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_options(parser)
-    parser.add_argument("--precisions", default="bf16,fp32", help="of ours")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches that ours makes of an update")
-    parser.add_argument("--without", default="", help="parts of the names of tools to leave out, as JoeyNMT,shuffled")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--cpu-time", action="store_true", help="ratios of CPU-seconds in place of wall time")
-    options = parser.parse_args()
-    pairs = pairs_of(options)
-    lengths = [torch.tensor([len(x) for x in side]).numpy() for side in (pairs.sources, pairs.targets)]
-    updates = len(Sampler(lengths[0], lengths[1], options.tokens, "benchmark", 1))
-    rows = tools(options.precisions, max(1, round(len(lengths[0]) / updates)))
-    rows = [row for row in rows if not any(part in row.name for part in filter(None, options.without.split(",")))]
-    if not any(row.name.startswith("encdec") for row in rows):
-        parser.error("--without leaves out encdec, which all others are compared with")
-    common = ["--size", options.size, "--pairs", str(options.pairs), "--tokens", str(options.tokens)]
+def compare(rows: list[Tool], size: str, options: argparse.Namespace) -> None:
+    """Let every tool train models of one size, in turn."""
+    common = ["--size", size, "--pairs", str(options.pairs), "--tokens", str(options.tokens)]
     common += ["--cores", str(options.cores), "--vocabulary", str(options.vocabulary)]
     common += ["--data", str(options.data)] if options.data else []
     try:
@@ -147,12 +130,41 @@ def main() -> None:
     finally:
         for row in rows:
             row.stop()
-    tokens = rows[0].answers[0]["tokens"]
-    print(
-        f"torch {torch.__version__}, {options.size}, {options.cores} cores, vocabulary {pairs.vocab:,}, "
-        f"{len(pairs.sources):,} pairs with {tokens:,.0f} target tokens an epoch; auto is {choose('auto', 'cpu').name}"
+
+
+def main() -> None:
+    """Train with every tool in turn and print a table for each size."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    show(rows, "cpu" if options.cpu_time else "wall")
+    add_options(parser)
+    parser.add_argument("--size", default="small,base", help=f"of {', '.join(SIZES)}")
+    parser.add_argument("--precisions", default="bf16,fp32", help="of ours")
+    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches that ours makes of an update")
+    parser.add_argument("--without", default="", help="parts of the names of tools to leave out, as JoeyNMT,shuffled")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true", help="ratios of CPU-seconds in place of wall time")
+    options = parser.parse_args()
+    sizes = options.size.split(",")
+    if unknown := set(sizes) - SIZES.keys():
+        parser.error(f"--size: no size {', '.join(sorted(unknown))}")
+    pairs = pairs_of(options)
+    lengths = [torch.tensor([len(x) for x in side]).numpy() for side in (pairs.sources, pairs.targets)]
+    updates = len(Sampler(lengths[0], lengths[1], options.tokens, "benchmark", 1))
+    for size in sizes:
+        rows = tools(options.precisions, max(1, round(len(lengths[0]) / updates)))
+        rows = [row for row in rows if not any(part in row.name for part in filter(None, options.without.split(",")))]
+        if not any(row.name.startswith("encdec") for row in rows):
+            parser.error("--without leaves out encdec, which all others are compared with")
+        compare(rows, size, options)
+        tokens = rows[0].answers[0]["tokens"]
+        print(
+            f"torch {torch.__version__}, {size}, {options.cores} cores, vocabulary {pairs.vocab:,}, {len(pairs.sources):,} "
+            f"pairs with {tokens:,.0f} target tokens an epoch; auto is {choose('auto', 'cpu').name}"
+        )
+        show(rows, "cpu" if options.cpu_time else "wall")
 
 
 if __name__ == "__main__":

@@ -285,7 +285,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="data folder that `encdec preprocess` made; default: synthetic pairs")
     parser.add_argument("--vocabulary", type=int, default=8000, help="of synthetic pairs")
     parser.add_argument("--pairs", type=int, default=2000, help="of one epoch")
-    parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--tokens", type=int, default=4096, help="of an update of ours, padding included")
     parser.add_argument("--cores", type=int, default=len(os.sched_getaffinity(0)))
 
@@ -294,6 +293,7 @@ def main() -> None:
     """Prepare, then train an epoch for every line `run`."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training_engines", description=__doc__)
     parser.add_argument("engine", choices=ENGINES)
+    parser.add_argument("--size", choices=SIZES, default="small")
     add_options(parser)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of an update of ours")
