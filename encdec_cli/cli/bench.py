@@ -29,7 +29,7 @@ def bench(
     beams: Annotated[str, typer.Option("--beams", metavar="N,N,…", help="Beam widths to try with --model.")] = "1,2,5",
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,N,…", help="Sentences decoded together; 0 is the usual number.")
-    ] = "0",
+    ] = "8,0",
     lines: Annotated[int, typer.Option("--lines", metavar="N", min=1, help="Test lines to decode each time.")] = 200,
     within: Annotated[
         float, typer.Option("--within", metavar="POINTS", min=0.0, help="What speed may cost; see below.")

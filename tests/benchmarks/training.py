@@ -161,8 +161,8 @@ def main() -> None:
         compare(rows, size, options)
         tokens = rows[0].answers[0]["tokens"]
         print(
-            f"torch {torch.__version__}, {size}, {options.cores} cores, vocabulary {pairs.vocab:,}, {len(pairs.sources):,} "
-            f"pairs with {tokens:,.0f} target tokens an epoch; auto is {choose('auto', 'cpu').name}"
+            f"torch {torch.__version__}, {size}, {options.cores} cores, vocabulary {pairs.vocab:,}, "
+            f"{len(pairs.sources):,} pairs, {tokens:,.0f} target tokens; auto is {choose('auto', 'cpu').name}"
         )
         show(rows, "cpu" if options.cpu_time else "wall")
 
