@@ -197,7 +197,7 @@ class Cost:
     price_per_hour: Amount = 0.0
     """Price of an hour of the machine, in any currency."""
     watts: Amount = 0.0
-    """Power that the machine draws while it trains; 0 takes what the machine measures, else 12 for each busy core."""
+    """Power that the machine draws while it trains; 0 takes what it measures, else 12 for each busy core of a CPU."""
     carbon_intensity: Amount = 0.0
     """Grams of CO2 for a kilowatt hour."""
 

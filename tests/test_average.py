@@ -66,13 +66,13 @@ def test_the_last_and_the_best_models_of_a_run(forks, corpus, tmp_path, metric):
     sign = -1 if metric == "ter" else 1
     order = sorted(scores, key=lambda step: (sign * scores[step], step))
     best = sorted(order[-3:])
-    assert best != sorted(scores)[-3:], "this run shows nothing"
     for flag, steps in (("--best", best), ("--last", [12, 14, 16])):
         assert forks("average", run, flag, "3", "--output", tmp_path / flag).wait() == 0
         assert forks("average", *(parts / step_name(s) for s in steps), "--output", tmp_path / "mean").wait() == 0
         assert (tmp_path / flag / "model.safetensors").read_bytes() == (
             tmp_path / "mean/model.safetensors"
         ).read_bytes()
+    (parts / "step_00000016.tmp-1").mkdir()  # of a save that was killed
     many = forks("average", run, "--last", "9", "--output", tmp_path / "no")
     assert many.wait() == 2
     assert "has 8 such models, not 9; train.average=9" in many.stderr
@@ -107,7 +107,7 @@ def test_what_the_command_refuses(forks, run, tmp_path):
         ((run, run, "--last", "2", "--output", tmp_path / "mean"), 2),
         ((run, "--last", "2", "--best", "2", "--output", tmp_path / "mean"), 2),
         ((run, "--last", "1", "--output", tmp_path / "mean"), 2),
-        ((tmp_path / "no", "--best", "2", "--output", tmp_path / "mean"), 2),
+        ((tmp_path / "no", "--best", "2", "--output", tmp_path / "mean"), 5),
     ):
         done = forks("average", *words)
         assert done.wait() == code, done.stderr

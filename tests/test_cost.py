@@ -254,8 +254,10 @@ def test_the_largest_budget_that_fits(recipe, tmp_path, monkeypatch):
     assert tokens >= 512
     assert need(judge, tokens).growth <= budget._SHARE * free
     monkeypatch.setattr(budget, "available", lambda _device: 1000)
-    with pytest.raises(ResourceError, match=r"longest example, \d+ tokens"):
+    with pytest.raises(ResourceError, match="a validation does not fit into the 0 MiB"):
         settle(wanted)
+    with pytest.raises(ResourceError, match=r"longest example, \d+ tokens"):
+        settle(setting(recipe, tmp_path / "run", "train.tokens=auto", "train.threads=1", "train.validate_every=0"))
 
 
 def settle_with(wanted: Setting, tokens: int) -> Setting:

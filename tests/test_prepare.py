@@ -287,9 +287,9 @@ def test_killed_at_any_moment_and_run_again_it_is_the_same(tmp_path):
     assert clean.wait() == 0
     duration = time.monotonic() - begin
     folder, killed = tmp_path / "data", 0
-    for _ in range(4):
+    for number in range(4):
         child = start(folder)
-        time.sleep(chance.random() * duration)
+        time.sleep((number + chance.random()) / 4 * duration)
         child.send_signal(signal.SIGKILL)
         killed += child.wait() == -signal.SIGKILL
         atomic.recover(folder)

@@ -63,7 +63,6 @@ def _hold(run: Path) -> int:
     with atomic.disk_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(run / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    _need_access(run)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,8 +81,8 @@ def _hold(run: Path) -> int:
     return descriptor
 
 
-def _need_access(run: Path) -> None:
-    """Raise ResourceError if a part of the run that is to grow cannot: before hours of work, not after them."""
+def need_access(run: Path) -> None:
+    """Raise ResourceError if a part of the run that training lets grow cannot: before hours of work, not after them."""
     for folder in (run / "checkpoints", run / "bundles"):
         with atomic.disk_errors(folder):
             if not folder.exists():

@@ -23,10 +23,15 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
@@ -39,10 +44,13 @@ def container(tensors: Mapping[str, Tensor], pieces: Mapping[str, Piece] | None 
     """
     noted = {name: (piece.shape, piece.spans) for name, piece in (pieces or {}).items() if name in tensors}
     metadata = {_PIECES: json.dumps(noted, sort_keys=True)} if noted else None
-    return Container({name: _entry(tensor.detach()) for name, tensor in tensors.items()}, metadata)
+    return Container({name: _entry(name, tensor.detach()) for name, tensor in tensors.items()}, metadata)
 
 
-def _entry(tensor: Tensor) -> Entry:
+def _entry(name: str, tensor: Tensor) -> Entry:
+    if tensor.dtype not in _DTYPES:
+        raise BundleError(f"'{name}' is of {tensor.dtype}, which cannot be stored; use a real or whole type.")
+
     def data() -> memoryview:
         numbers: memoryview = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         return numbers

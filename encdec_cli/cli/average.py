@@ -20,10 +20,10 @@ def average(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Folder of the new bundle.", show_default=False)
     ],
     last: Annotated[
-        int | None, typer.Option("--last", metavar="N", min=2, help="The newest N models that a run has kept.")
+        int | None, typer.Option("--last", metavar="N", min=2, help="Of the models that a run has kept, the newest N.")
     ] = None,
     best: Annotated[
-        int | None, typer.Option("--best", metavar="N", min=2, help="The N that scored best in its validations.")
+        int | None, typer.Option("--best", metavar="N", min=2, help="Of the models that a run has kept, the N best.")
     ] = None,
     plugin: PluginOption = None,
 ) -> None:
@@ -57,21 +57,31 @@ def average(
 
 def _of_run(runs: list[Path], last: int | None, best: int | None) -> list[Path]:
     """Return models that a run has kept, oldest first: the newest, or the best by its train.metric."""
-    from encdec_cli.bundle.bundle import Bundle, read_facts
-    from encdec_cli.config import parse_component
+    from encdec_cli.bundle import checkpoint
+    from encdec_cli.bundle.bundle import find_bundle
     from encdec_cli.errors import UsageError
-    from encdec_cli.registry import metrics
 
     if len(runs) > 1 or (last and best):
         raise UsageError("--last and --best: give one of them, and one run.")
     run, count = runs[0], last or best or 0
-    kept = sorted((run / "bundles").glob("step_*"))
+    find_bundle(run)
+    folder = run / "bundles"
+    kept = [folder / checkpoint.step_name(step) for step in checkpoint.steps(folder)]
     if best and kept:
-        metric = parse_component(Bundle.load(run).recipe.train.metric, metrics, "train.metric")
-        scores = {model: read_facts(model)["scores"].get(metric.names[0]) for model in kept}
-        judged = [model for model in kept if scores[model] is not None]  # not where it was no finite number
-        sign = 1 if metric.higher_is_better else -1
-        kept = sorted(judged, key=lambda model: (sign * scores[model], model))
+        kept = _by_score(run, kept)
     if len(kept) < count:
         raise UsageError(f"{run}: has {len(kept)} such models, not {count}; train.average={count} keeps so many.")
     return sorted(kept[-count:])
+
+
+def _by_score(run: Path, kept: list[Path]) -> list[Path]:
+    """Return the models of a run whose score is a number, the best one last."""
+    from encdec_cli.bundle.bundle import Bundle, read_facts
+    from encdec_cli.config import parse_component
+    from encdec_cli.registry import metrics
+
+    metric = parse_component(Bundle.load(run).recipe.train.metric, metrics, "train.metric")
+    scores = {model: read_facts(model)["scores"].get(metric.names[0]) for model in kept}
+    judged = [model for model in kept if scores[model] is not None]
+    sign = 1 if metric.higher_is_better else -1
+    return sorted(judged, key=lambda model: (sign * scores[model], model))

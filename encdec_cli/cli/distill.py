@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class Level(str, Enum):
     """What a student learns of its teacher."""
 
-    SEQUENCE = "sequence"
-    TOKEN = "token"  # noqa: S105 - no password
+    sequence = "sequence"
+    token = "token"  # noqa: S105 - no password
 
 
 def distill(
@@ -43,8 +43,9 @@ def distill(
     ],
     overrides: OverridesArgument = None,
     level: Annotated[
-        Level, typer.Option("--level", help="Learn what the teacher writes, or its distribution at each real token.")
-    ] = Level.SEQUENCE,
+        Level,
+        typer.Option("--level", metavar="|".join(Level), help="Learn what it writes, or its chances of each token."),
+    ] = Level.sequence,
     model: Annotated[
         list[Path] | None,
         typer.Option("--model", "-m", metavar="PATH", help="A further teacher; repeat: they are an ensemble."),
@@ -79,7 +80,7 @@ def distill(
         )
     teachers = [teacher, *(model or [])]
     run = output or default_run(student)
-    if level is Level.SEQUENCE:
+    if level is Level.sequence:
         recipe = _with_outputs(recipe, teachers, strategy, rerank)
     else:
         recipe = _with_teacher(recipe, teachers, decodes=strategy or rerank)

@@ -86,7 +86,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     """Train in the folder of a run, from the start or from where it was stopped."""
     from encdec_cli.allocator import keep_freed
     from encdec_cli.bundle.bundle import Bundle
-    from encdec_cli.bundle.run import locked
+    from encdec_cli.bundle.run import locked, need_access
     from encdec_cli.cli import console
     from encdec_cli.training.beforehand import check
     from encdec_cli.training.budget import settle
@@ -105,6 +105,8 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
         say = console.say if ranks.first else _say_nothing
         say_own = console.say if ranks.world == 1 else _named(ranks.rank)
         with locked(run) if ranks.first else _quiet():
+            if ranks.first:
+                need_access(run)
             check(recipe, run, start is not None, ranks, say)
             data = shared_data(recipe, run, say, ranks, own_device)
             setting = Setting(recipe, data, run, own_device, stop, say, recipe.loaded, start, ranks, say_own)
@@ -198,9 +200,10 @@ def _tell_memory(trainer: Trainer) -> None:
     wanted, free = need(trainer), available(torch.device(trainer.setting.device))
     trainer.setting.say(f"memory: {_size(wanted.total)} at most")
     if 0 < free < wanted.growth:
-        console.warn(
-            f"{_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has now; lower "
-            "train.tokens, or set train.checkpointing=true"
+        tell = trainer.setting.say_own or console.say
+        tell(
+            f"encdec: warning: {_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has "
+            "now; lower train.tokens, or set train.checkpointing=true"
         )
 
 

@@ -20,15 +20,14 @@ from encdec_cli.errors import UsageError
 from encdec_cli.models.linear import Linear, linear
 from encdec_cli.models.model import Model
 
+Span = tuple[int, int]
+"""Begin and end of some rows or columns."""
+
 
 def held(tensor: Any) -> Tensor:
     """Return what this process has in memory of a tensor: its own rows, if it is shared out, else all of it."""
     own: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor takes seconds to import
     return own
-
-
-Span = tuple[int, int]
-"""Begin and end of some rows or columns."""
 
 
 @dataclass(frozen=True)

@@ -93,14 +93,14 @@ class Account:
         self.spent["updates"] += progress.step - self._updates
         if self.device.type == "cpu":
             cpu_seconds = time.process_time()
-            self.spent["cpu_seconds"] += cpu_seconds - self._cpu_seconds
+            self.spent["cpu_seconds"] += self.processes * (cpu_seconds - self._cpu_seconds)
             self._cpu_seconds = cpu_seconds
         self.spent["joules"] += self.energy.joules() or 0.0
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
         atomic.write_file(self.path, atomic.json_bytes(self.spent))
         if not self.ceiling and now - self._begin > _PATIENCE:
             self.ceiling = self.processes * matrix_ceiling(self.dtype, self.device)
-            self._last = time.perf_counter()
+            self._last, self._cpu_seconds = time.perf_counter(), time.process_time()
         return {
             "seconds": round(now - self._begin, 1),
             "tokens_per_second": round(tokens / seconds, 1) if tokens else None,

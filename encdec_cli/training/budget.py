@@ -10,7 +10,6 @@ import torch
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.errors import ResourceError
-from encdec_cli.training.distributed import shared_cores
 from encdec_cli.training.largest import need
 from encdec_cli.training.memory import available
 from encdec_cli.training.trainer import Setting, Trainer
@@ -51,10 +50,15 @@ def _with(setting: Setting, tokens: int) -> Setting:
 def _largest(trainer: Trainer, longest: int) -> int:
     """Return the largest step of a fixed ladder that fits all: small changes of what is free then change nothing."""
     device, ranks = torch.device(trainer.setting.device), trainer.ranks
-    limit = int(_SHARE * available(device)) // (shared_cores() if device.type == "cpu" else 1)
+    limit = int(ranks.least(_WHAT, _SHARE * available(device)))
     ladder = [longest, *(step for step in _ladder() if longest < step <= MOST)]
     first = max(_FIRST, longest)
     usual = need(trainer, first)
+    if ranks.least(_WHAT, limit - usual.saving - usual.validation) < 0:
+        raise ResourceError(
+            f"train.tokens: auto: a validation does not fit into the {limit >> 20} MiB that may be used; lower "
+            "decoding.beam, or use a smaller model."
+        )
     guess = ranks.least(_WHAT, first * (limit - usual.gradients) / max(1, usual.activations + usual.waste))
     for tokens in reversed([step for step in ladder if step <= guess] or ladder[:1]):
         if ranks.least(_WHAT, limit - need(trainer, tokens).growth) >= 0:

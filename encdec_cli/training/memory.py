@@ -20,6 +20,7 @@ from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import held
+from encdec_cli.training.distributed import shared_cores
 from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import chunk_of
 from encdec_cli.training.optimizer import Optimizer
@@ -54,14 +55,14 @@ class Need:
     waste: int
     """What the allocator keeps and nobody uses."""
     saving: int
-    """The whole weights in fp32 that the first of several processes brings together in its main memory."""
+    """The whole weights in fp32 that the first of several processes brings together to validate or to keep a model."""
     validation: int
     """What decodes the validation examples, when gradients and activations are gone."""
 
     @property
     def growth(self) -> int:
         """What is still to come when model and optimizer stand."""
-        return max(self.gradients + self.activations + self.waste, self.saving, self.validation)
+        return max(self.gradients + self.activations + self.waste, self.saving + self.validation)
 
     @property
     def total(self) -> int:
@@ -184,7 +185,10 @@ def reset_peak() -> int:
 
 
 def available(device: torch.device) -> int:
-    """Return the bytes that this process can still get on a device; 0 where the system does not tell."""
+    """Return the bytes that this process can still get on a device; 0 where the system does not tell.
+
+    Processes that share a machine have equal parts of its main memory.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -192,7 +196,7 @@ def available(device: torch.device) -> int:
     for limit, usage in _CGROUPS:
         with suppress(OSError, ValueError):  # no such file, or no limit: "max"
             found.append(int(limit.read_text()) - int(usage.read_text()))
-    return max(0, min((bytes_ for bytes_ in found if bytes_ is not None), default=0))
+    return max(0, min((bytes_ for bytes_ in found if bytes_ is not None), default=0)) // shared_cores()
 
 
 def _free_memory() -> int | None:

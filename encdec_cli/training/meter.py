@@ -77,6 +77,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _note(self, values: Iterable[Any], ours: bool) -> None:
         for tensor in _tensors(values):
+            if tensor.layout is not torch.strided:  # it has no storage of its own
+                continue
             storage = tensor.untyped_storage()
             key = storage._cdata
             if key not in self._known and (ours or storage.nbytes()):
@@ -87,8 +89,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.peak = max(self.peak, self.live)
 
     def _look_again(self) -> None:
-        for key, size in self._sizes.items():
-            storage = self._known[key]()
+        for key, size in list(self._sizes.items()):  # what dies meanwhile leaves it
+            storage = self._known[key]() if key in self._known else None
             if storage is not None and storage.nbytes() != size:
                 self._sizes[key] = storage.nbytes()
                 self.live += self._sizes[key] - size

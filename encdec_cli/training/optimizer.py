@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.errors import BundleError
-from encdec_cli.models.parts import Piece
+from encdec_cli.models.parts import Piece, held
 from encdec_cli.training.distributed import Ranks
 
 
@@ -269,12 +269,12 @@ def _new_weight(name: str, parameter: nn.Parameter, part: Piece | None) -> Weigh
 
 def _own(parameter: Any) -> tuple[Tensor, slice | None]:
     """Return what this process has of a parameter, and which rows these are; None if it has all of them."""
-    if not hasattr(parameter, "to_local"):  # a DTensor by its method: its module takes seconds to import
-        return parameter, None
+    own = held(parameter)
+    if own is parameter:
+        return own, None
     mesh = parameter.device_mesh
     most = -(-len(parameter) // mesh.size())
     begin = min(len(parameter), most * mesh.get_local_rank())
-    own: Tensor = parameter.to_local()
     return own, slice(begin, begin + len(own))
 
 

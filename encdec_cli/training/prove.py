@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from encdec_cli import atomic
-from encdec_cli.bundle.run import data_folder
+from encdec_cli.bundle.run import FACTS, data_folder
 from encdec_cli.errors import CheckError
 from encdec_cli.training.log import CLOCK
 
@@ -58,6 +58,8 @@ def prove(words: Sequence[str], kills: int, seed: int, folder: Path, say: Callab
     words = [*words, *(each.format(steps=steps) for each in SHORT)]
     unbroken = folder / "unbroken"
     moments = _Moments(chance, *_unbroken(words, unbroken, steps))
+    # Of `auto` what that run has found: the free memory may be another by now.
+    words.append(f"train.tokens={atomic.read_json(unbroken / FACTS)['recipe']['train']['tokens']}")
     say(f"trained {steps} updates without a break; now again, with {kills} kills -9")
     differences: list[str] = []
     done = runs = 0

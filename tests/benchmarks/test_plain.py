@@ -94,7 +94,7 @@ def test_the_command_prints_a_table_of_searches() -> None:
 def test_every_tool_trains_on_the_same_tokens() -> None:
     found = run("training", "--vocabulary 60 --pairs 24 --tokens 200 --repetitions 1 --cores 1")
     tokens = sum(len(target) + 1 for target in synthetic(24, 60).targets)
-    assert f"24 pairs with {tokens} target tokens" in found
+    assert f"24 pairs, {tokens} target tokens" in found
     rows = [line.split("  ")[0] for line in found.splitlines()[2:]]
     assert rows[:3] == ["encdec, bf16", "encdec, fp32", "nn.Transformer, shuffled batches, fp32"]
 

@@ -63,7 +63,8 @@ def main() -> int:
             began, cases, wrong, bench.slowest = time.monotonic(), 0, 0, None
             for case, problem in TESTS[name](bench):
                 cases += 1
-                if said := problem or bench.late():
+                late = bench.late()
+                if said := problem or late:
                     wrong += 1
                     print(f"{name}: {case}: {said}", file=sys.stderr, flush=True)
             slowest = "" if bench.slowest is None else f"{bench.slowest:.2f} s"
