@@ -21,7 +21,10 @@ from encdec_cli.generation.lines import Generated, Options, _groups, _Line, gene
 from encdec_cli.generation.search import Job
 from encdec_cli.models.packed import pack
 from encdec_cli.text.example import Example
+from encdec_cli.training.machine import available_cores
 from tests.conftest import encdec, environment, start
+
+BY_WORKERS = pytest.mark.skipif(available_cores() < 2, reason="there are no more worker processes than cores")
 
 HURT = r"""
 import os, time
@@ -139,6 +142,7 @@ def hurt(tmp_path, copy_run):
     return (*words, tmp_path / "in.txt")
 
 
+@BY_WORKERS
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
@@ -172,6 +176,7 @@ def gone(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+@BY_WORKERS
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)]
