@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _HEADER_LIMIT = 16 << 20
+_BUFFER = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Container:
 
     def write(self, path: Path) -> None:
         """Write the file, into a folder that `atomic.new_folder` is filling."""
-        with path.open("wb") as file:
+        with path.open("wb", buffering=_BUFFER) as file:  # small tensors go together
             file.write(self._header)
             for _, entry in self._entries:
                 file.write(entry.data() if callable(entry.data) else entry.data)
