@@ -193,15 +193,13 @@ def _prove(words: Sequence[str], kills: int, seed: int) -> None:
 def _tell_memory(trainer: Trainer) -> None:
     import torch
 
-    from encdec_cli.cli import console
     from encdec_cli.training.largest import need
     from encdec_cli.training.memory import available
 
     wanted, free = need(trainer), available(torch.device(trainer.setting.device))
     trainer.setting.say(f"memory: {_size(wanted.total)} at most")
     if 0 < free < wanted.growth:
-        tell = trainer.setting.say_own or console.say
-        tell(
+        trainer.say_own(
             f"encdec: warning: {_size(free)} are free, and the run will need {_size(wanted.growth)} more than it has "
             "now; lower train.tokens, or set train.checkpointing=true"
         )

@@ -34,6 +34,8 @@ _FEW = 512
 """Tokens of a sample that are enough to be told from what every batch costs."""
 _MORE_HOLES = 1.1
 """The whole batch, over many updates, wastes more than the sample: by how much, as a rule."""
+_MOST_WASTE = 3.0
+"""What a sample tells beyond that is no rule: gloo's buffers stand beside tensors of a few rows."""
 _USUAL_WASTE = 0.35
 """Where the system does not tell the peak of a process; measured are 0.1 to 0.45."""
 
@@ -143,7 +145,7 @@ class Forecast:
             for _ in self.gradients.of([batch] * together, 1.0, 0):
                 pass
         grown = peak_resident() - before if before else 0
-        return min(3.0, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
+        return min(_MOST_WASTE, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,8 +1,7 @@
 """A plugin for runs under test: at the k-th call of a function, a signal; or system calls that fail or kill, by strace.
 
 `FAULT=fsync:3:9` kills at the third `os.fsync`; `FAULT=search:1:15:2` sends two SIGTERM, and `TOLD=FILE` is written
-just before. `STRACE=FILE` writes the
-system calls to FILE, and `INJECT=write:error=ENOSPC:when=4` lets one of them fail.
+just before. `STRACE=FILE` writes the system calls to FILE, and `INJECT=write:error=ENOSPC:when=4` lets one fail.
 `HOLD=FILE` waits in the reading of data as long as FILE stands.
 """
 
