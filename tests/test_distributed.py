@@ -415,6 +415,26 @@ def test_memory_that_one_process_lacks_halves_its_batch_and_all_go_on(forks, cor
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
 
 
+@pytest.mark.parametrize("shared", [SHARD, "parallel.tensor=2"])
+def test_memory_that_lacks_where_layers_are_shared_halves_the_batches_of_all_from_the_next_start(
+    forks, corpus, tmp_path, shared
+):
+    options = (faulty(corpus, tmp_path), *TWO, shared, "model.dropout=0", "--output")
+    commands = launch(forks, 2, *options, tmp_path / "run", FAULT="1:update:9:memory")
+    assert [command.wait() for command in commands] == [6, 6]
+    found = re.search(
+        r"process 1: out of memory for (\d+) examples .*start all processes again, .* at most (\d+) positions",
+        commands[1].stderr,
+    )
+    assert found, commands[1].stderr
+    assert f"process 1: out of memory for {found[1]} examples" in commands[0].stderr
+    told = trained(forks, 2, *options, tmp_path / "run", FAULT=NO_FAULT)
+    assert f"computed in pieces of at most {found[2]} positions" in told[0].stderr
+    assert "pieces" not in told[1].stderr
+    trained(forks, 2, *options, tmp_path / "whole", FAULT=NO_FAULT)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
 def faulty(corpus: Path, folder: Path) -> Path:
     """Write the plugin, and return the recipe that uses it."""
     (folder / "faulty.py").write_text(FAULTY)

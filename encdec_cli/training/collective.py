@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import held
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.gradients import Gradient
+from encdec_cli.training.gradients import Gradient, added
 from encdec_cli.training.meter import Reading, read
 from encdec_cli.training.objective import Objective
+from encdec_cli.training.room import Room
 
 Work = Callable[[], Tensor]
 
@@ -31,6 +32,7 @@ class CollectiveGradients:
         parameters: those that learn.
         objective: what is differentiated.
         ranks: all processes.
+        room: how large a micro-batch may be.
     """
 
     workers = 1
@@ -42,12 +44,14 @@ class CollectiveGradients:
         parameters: Sequence[nn.Parameter],
         objective: Objective,
         ranks: Ranks,
+        room: Room,
     ) -> None:
         self.model = model
         self.around = around
         self.parameters = parameters
         self.objective = objective
         self.ranks = ranks
+        self.room = room
 
     def close(self) -> None:
         """Do nothing: there are no threads."""
@@ -57,14 +61,19 @@ class CollectiveGradients:
     ) -> Iterator[Gradient]:
         """Yield the loss of each micro-batch of this process, and the sum of gradients it is part of."""
         self.model.train()
-        for number, batch in zip(numbers or range(len(batches)), batches, strict=True):
+        for number, batch, pieces in zip(numbers or range(len(batches)), batches, self.room.cut(batches), strict=True):
             own_seed = (seed * 1_000_003 + number) % (1 << 63)
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
-            with self.ranks.computing("a micro-batch"):
-                with drawing(own_seed):
-                    loss = self._loss(batch, weight)
-                gradients = self._differentiate(loss)
-            yield float(loss.detach()) / weight, tuple(gradients)
+            # A piece without rows takes part with a loss of nothing: the others wait for it.
+            works = ((piece or batch.take(0, 1), weight if piece else 0.0) for piece in pieces)
+            yield reduce(added, (self._one(*work, own_seed + place) for place, work in enumerate(works)))
+
+    def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
+        with self.room.watched(batch), self.ranks.computing("a micro-batch"):
+            with drawing(seed):
+                loss = self._loss(batch, weight)
+            gradients = self._differentiate(loss)
+        return float(loss.detach()) / weight if weight else 0.0, tuple(gradients)
 
     def read(self, batch: Batch) -> Reading:
         """Count what loss and gradient of a micro-batch take in this process, and forget them; all must ask at once."""

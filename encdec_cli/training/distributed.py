@@ -125,14 +125,17 @@ class Ranks:
         self.sum(what, [number], group)
         return float(number)
 
+    def most(self, what: str, values: Sequence[float]) -> list[float]:
+        """Return for each of some numbers the greatest that a process has."""
+        numbers = torch.tensor(values, dtype=torch.float64)  # on the CPU, so by gloo
+        if self._roll is not None:
+            with self._roll.waiting(what):
+                dist.all_reduce(numbers, dist.ReduceOp.MAX)
+        return numbers.tolist()
+
     def least(self, what: str, value: float) -> float:
         """Return the smallest of a number that all processes have."""
-        if self._roll is None:
-            return value
-        number = torch.tensor([value], dtype=torch.float64)  # on the CPU, so by gloo
-        with self._roll.waiting(what):
-            dist.all_reduce(number, dist.ReduceOp.MIN)
-        return float(number)
+        return -self.most(what, [-value])[0]
 
     def first_does(self, what: str, work: Callable[[], T], silently: bool = False) -> T:
         """Let the first process alone do `work`, however long it takes; return its result, plain JSON, to all.

@@ -112,19 +112,16 @@ class Gradients:
 
     def _in_halves(self, batch: Batch, weight: float, seed: int) -> Gradient:
         """Return loss and gradient of a micro-batch that does not fit; ResourceError if one example does not."""
-        rows, shapes = len(batch.rows), f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
+        rows = len(batch.rows)
         if rows == 1:
-            raise ResourceError(
-                f"out of memory for training example {batch.rows[0] + 1} alone ({shapes}); use a smaller model, lower "
-                "text.max_source and text.max_target, or take a larger machine."
-            )
+            raise alone_too_large(batch)
         size = (*batch.source.shape, batch.known_target.shape[1])
         if size not in self._halved:
             self._halved.add(size)
-            self.say(f"out of memory for {rows} examples ({shapes}): computed in halves; lower train.tokens")
+            self.say(f"out of memory for {rows} examples ({shapes_of(batch)}): computed in halves; lower train.tokens")
         parts = batch.take(0, rows // 2), batch.take(rows // 2, rows)
         jobs = [(part, weight, (seed * 1_000_003 + 1 + number) % (1 << 63)) for number, part in enumerate(parts)]
-        return _sum(*(self._tried(job) or self._in_halves(*job) for job in jobs))
+        return added(*(self._tried(job) or self._in_halves(*job) for job in jobs))
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
         with drawing(seed):
@@ -148,6 +145,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(each in str(error) for each in words)
 
 
-def _sum(a: Gradient, b: Gradient) -> Gradient:
+def alone_too_large(batch: Batch) -> ResourceError:
+    """Return the error for a micro-batch of one example, which cannot be cut."""
+    return ResourceError(
+        f"out of memory for training example {batch.rows[0] + 1} alone ({shapes_of(batch)}); use a smaller model, "
+        "lower text.max_source and text.max_target, or take a larger machine."
+    )
+
+
+def shapes_of(batch: Batch) -> str:
+    """Return the shapes of a micro-batch in words."""
+    return f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
+
+
+def added(a: Gradient, b: Gradient) -> Gradient:
+    """Return the sums of two losses and of their gradients."""
     pairs = zip(a[1], b[1], strict=True)
     return a[0] + b[0], tuple(y if x is None else x if y is None else x + y for x, y in pairs)

@@ -27,6 +27,7 @@ from encdec_cli.training.meter import Reading
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
+from encdec_cli.training.room import Room
 
 
 class Computing(Protocol):
@@ -189,15 +190,16 @@ def gathered(
     return named
 
 
-def make_layout(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> Layout:
-    """Return the layout of a run; one process alone has all. `say` is given what this one has met."""
+def make_layout(recipe: Recipe, ranks: Ranks, run: Path, say: Callable[[str], None]) -> Layout:
+    """Return the layout of the run in a folder; one process alone has all. `say` is given what this one has met."""
     if ranks.world == 1 or not (recipe.parallel.shard or ranks.tensor > 1):
         return Replicated(ranks, say)
+    room = Room(run, ranks, say)
     # Each takes seconds.
     if recipe.parallel.shard:
         from encdec_cli.training.sharding import Sharded  # noqa: PLC0415
 
-        return Sharded(ranks)
+        return Sharded(ranks, room)
     from encdec_cli.training.tensor_parallel import Divided  # noqa: PLC0415
 
-    return Divided(ranks)
+    return Divided(ranks, room)

@@ -28,6 +28,7 @@ from encdec_cli.training.lora import merged
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
+from encdec_cli.training.room import Room
 
 
 class Sharded:
@@ -35,8 +36,8 @@ class Sharded:
 
     even = True
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, room: Room) -> None:
+        self.ranks, self.room = ranks, room
         self._parts: Collection[str] = ()
         if ranks.tensor > 1:
             ranks.divide()
@@ -55,7 +56,7 @@ class Sharded:
         self, model: Model, parameters: Sequence[nn.Parameter], objective: Objective, most: int
     ) -> CollectiveGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
-        return CollectiveGradients(model, self._root, parameters, objective, self.ranks)
+        return CollectiveGradients(model, self._root, parameters, objective, self.ranks, self.room)
 
     @contextmanager
     def alone(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from encdec_cli.training.layout import check_same, gathered, part_of, save_in_pa
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.optimizer import Optimizer
 from encdec_cli.training.precision import Precision
+from encdec_cli.training.room import Room
 
 
 class Divided:
@@ -24,8 +25,8 @@ class Divided:
 
     even = True
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: Ranks, room: Room) -> None:
+        self.ranks, self.room = ranks, room
         ranks.divide()
 
     def whole(self, model: Model, precision: Precision) -> Model:
@@ -40,7 +41,7 @@ class Divided:
     ) -> CollectiveGradients:
         """Return what computes micro-batches in turn; see `Layout`."""
         self._precision.apply(model)
-        return CollectiveGradients(model, _as_it_is, parameters, objective, self.ranks)
+        return CollectiveGradients(model, _as_it_is, parameters, objective, self.ranks, self.room)
 
     def alone(self) -> AbstractContextManager[None]:
         """Do nothing but wait for the others: the mates compute together whatever they compute; see `Layout`."""

@@ -95,7 +95,7 @@ class Trainer:
         self.store = setting.data.store("train")
         self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
         self.say_own = setting.say_own or setting.say
-        self.layout = make_layout(setting.recipe, self.ranks, self.say_own)
+        self.layout = make_layout(setting.recipe, self.ranks, setting.run, self.say_own)
         self._check_lengths()
         if self.layout.even:
             _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
