@@ -20,6 +20,7 @@ from encdec_cli.bundle.checkpoint import Progress
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
+from encdec_cli.decoding.attention import Head
 from encdec_cli.errors import ResourceError
 from encdec_cli.kernels import attention as fused
 from encdec_cli.kernels import linear
@@ -32,12 +33,15 @@ from encdec_cli.training.account import Account
 from encdec_cli.training.budget import settle
 from encdec_cli.training.energy import EnergyMeter
 from encdec_cli.training.gradients import Gradients
+from encdec_cli.training.guide import GuidedAttention
 from encdec_cli.training.largest import need
 from encdec_cli.training.loss import real_rows
 from encdec_cli.training.meter import Meter
-from encdec_cli.training.objective import CrossEntropy, Objective, RDrop
+from encdec_cli.training.objective import CrossEntropy, Mixture, Objective, RDrop
+from encdec_cli.training.risk import ExpectedRisk, Judged
 from encdec_cli.training.rules import make_optimizer
 from encdec_cli.training.signals import Stop
+from encdec_cli.training.teacher import Distillation
 from encdec_cli.training.trainer import Setting, Trainer
 from tests.conftest import log_lines
 from tests.test_resume import lines_of
@@ -89,8 +93,8 @@ def gru():
     return kind(kind.Config(16), VOCAB, VOCAB)
 
 
-def transformer(**changes) -> Transformer:
-    return Transformer(Transformer.Config(2, 3, 32, 4, 64, **({"dropout": 0.1} | changes)), VOCAB, VOCAB)
+def transformer(d_model: int = 32, **changes) -> Transformer:
+    return Transformer(Transformer.Config(2, 3, d_model, 4, 64, **({"dropout": 0.1} | changes)), VOCAB, VOCAB)
 
 
 def batch(rows: int, source: int, target: int) -> Batch:
@@ -137,6 +141,41 @@ def test_two_passes_are_twice_the_work(name):
     once, twice = found(MODELS[name]()), found(MODELS[name](), RDrop(0.1, None, 5.0))
     # But for the logits of the first row, by which the output layer's parameters are found.
     assert twice.flops_of(*shape, real) == pytest.approx(2 * once.flops_of(*shape, real), rel=1e-3)
+
+
+def test_what_a_teacher_computes_counts(monkeypatch):
+    monkeypatch.setattr(attention, "_by_matmul", lambda *_: True)
+    model, teacher, shape, one = transformer(), transformer(d_model=64).eval(), (20, 40, 23), batch(20, 40, 23)
+    linear.operators(), fused.operators()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        target = one.known_target
+        rows, labels = real_rows(teacher(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
+        teacher.project(rows)
+    alone, taught = found(model), found(model, Distillation(teacher, 0.1, None, 0.5, 1.0))
+    more = taught.flops_of(*shape, len(labels)) - alone.flops_of(*shape, len(labels))
+    assert more == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+WORKS = {
+    "a guided head": GuidedAttention(Head(2, 1)),
+    "outputs that are judged": ExpectedRisk(0.005),
+    "both beside the loss": Mixture(
+        [(0.5, CrossEntropy(0.1)), (0.5, ExpectedRisk(0.005)), (0.1, GuidedAttention(Head(0, 0)))]
+    ),
+}
+
+
+@pytest.mark.parametrize("objective", WORKS.values(), ids=WORKS)
+def test_what_other_objectives_compute_counts(objective):
+    model, shape = transformer(), (20, 40, 23)
+    one = batch(*shape)
+    links, outputs = torch.zeros(20, 23, 40), one.known_target.unsqueeze(1).expand(-1, 4, -1)
+    whole = Judged(**{**vars(one), "links": links}, candidates=outputs, costs=torch.zeros(20, 4))
+    counted = Gradients(model, list(model.parameters()), objective, 1).read(whole).flops
+    formula = flops.find(model, objective, (VOCAB, VOCAB), "cpu", 4)
+    assert counted > 0
+    # But for the logits of the first row, by which the output layer's parameters are found.
+    assert formula.flops_of(*shape, int(one.target_lengths.sum())) == pytest.approx(counted, rel=1e-3)
 
 
 def test_fused_attention_is_counted_too():

@@ -9,11 +9,13 @@ from itertools import cycle, islice
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from encdec_cli.data.batch import collate
+from encdec_cli.data.batch import Batch, collate
 from encdec_cli.models.model import Model
 from encdec_cli.training.gradients import Gradients
 from encdec_cli.training.objective import Objective
+from encdec_cli.training.risk import Judged
 
 Wholes = npt.NDArray[np.int64]
 Whole = int | Wholes
@@ -71,16 +73,18 @@ def _every_layer_kept(model: Model) -> Iterator[None]:
         model.checkpointing = checkpointing
 
 
-def find(model: Model, objective: Objective, vocabularies: Sequence[int], device: str) -> Formula:
+def find(model: Model, objective: Objective, vocabularies: Sequence[int], device: str, candidates: int = 1) -> Formula:
     """Return the formula that fits what loss and gradient of some tiny micro-batches take.
 
-    To compute layers again is no work of the model.
+    To compute layers again is no work of the model. Outputs that are judged are taken to be as long as the targets, and
+    to draw them does not count.
 
     Args:
         model: those of its parameters count that learn.
-        objective: which asks no more of a batch than sources and targets.
+        objective: with all that it asks for: a teacher, links, outputs that are judged.
         vocabularies: tokens of the source's and of the target's.
         device: the model's.
+        candidates: for each source, the target among them, if the objective asks for them.
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows, readings = [], []
@@ -92,7 +96,7 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
         ]
         with _every_layer_kept(model):
             batch = collate(ids[0], ids[1], range(len(source))).to(device)
-            readings.append(Gradients(model, learning, objective, 1).read(batch))
+            readings.append(Gradients(model, learning, objective, 1).read(_with_all(batch, candidates)))
         rows.append(features(len(source), max(source), max(target), sum(target)))
     return Formula(
         *(
@@ -100,6 +104,15 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
             _solve(rows[1:], [each.saved for each in readings[1:]]),
         )
     )
+
+
+def _with_all(batch: Batch, candidates: int) -> Batch:
+    """Return the batch with whatever an objective may ask for."""
+    target = batch.known_target
+    links = torch.zeros(len(target), target.shape[1] - 1, batch.source.shape[1], device=target.device)
+    outputs = target.unsqueeze(1).expand(-1, candidates, -1)
+    costs = torch.zeros(outputs.shape[:2], device=target.device)
+    return Judged(**{**vars(batch), "links": links}, candidates=outputs, costs=costs)
 
 
 def _solve(rows: Sequence[Wholes], values: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from encdec_cli.data.batch import Batch
 from encdec_cli.data.store import Store
 from encdec_cli.kernels.losses import agreement
 from encdec_cli.models.model import Model
-from encdec_cli.recipe import Recipe
 from encdec_cli.text.vocabulary import EOS
 from encdec_cli.training import loss
 from encdec_cli.training.guide import GuidedAttention, chosen_head
@@ -121,12 +120,6 @@ class Mixture:
         return torch.stack(losses).sum()
 
 
-def of_targets(recipe: Recipe, prior: Tensor | None = None) -> Objective:
-    """Return what asks for nothing but the targets: the cross-entropy, once or as R-Drop has it. prior: [vocab]."""
-    smoothing, agreement = recipe.train.label_smoothing, recipe.regularize.rdrop
-    return RDrop(smoothing, prior, agreement) if agreement else CrossEntropy(smoothing, prior)
-
-
 def make_objective(bundle: Bundle, store: Store, device: str, dtype: torch.dtype) -> Objective:
     """Return the objective of a recipe: what its `train`, `regularize`, `teacher`, `guide` and `risk` add up to.
 
@@ -140,7 +133,8 @@ def make_objective(bundle: Bundle, store: Store, device: str, dtype: torch.dtype
     recipe, prior = bundle.recipe, None
     if recipe.regularize.smoothing_prior == "unigram":
         prior = _unigram(store, len(bundle.target.vocabulary)).to(device)
-    objective = of_targets(recipe, prior)
+    smoothing, agreement = recipe.train.label_smoothing, recipe.regularize.rdrop
+    objective: Objective = RDrop(smoothing, prior, agreement) if agreement else CrossEntropy(smoothing, prior)
     if recipe.teacher.model:
         objective = with_teacher(bundle, recipe.teacher.model, prior, dtype)
     share = recipe.risk.weight if recipe.risk.metric else 0.0

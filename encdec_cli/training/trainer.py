@@ -40,7 +40,7 @@ from encdec_cli.training.layout import make_layout
 from encdec_cli.training.learning import freeze
 from encdec_cli.training.log import Log
 from encdec_cli.training.lora import adapt, check_start
-from encdec_cli.training.objective import make_objective, of_targets
+from encdec_cli.training.objective import make_objective
 from encdec_cli.training.rules import hidden_matrices, make_optimizer
 from encdec_cli.training.schedule import learning_rate
 from encdec_cli.training.signals import Stop
@@ -97,11 +97,11 @@ class Trainer:
         self.say_own = setting.say_own or setting.say
         self.layout = make_layout(setting.recipe, self.ranks, setting.run, self.say_own)
         self._check_lengths()
-        if self.layout.even:
-            _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
         chosen = precision.choose(self.train.precision, setting.device)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
-        objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
+        self.objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
+        if self.layout.even:
+            _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
         inner = hidden_matrices(model) if self.train.optimizer == "muon" else ()
         self.bundle.model = whole = self.layout.whole(model, chosen)
         self.feed = Feed(replace(self.bundle, model=model), setting.data, setting.device, self.layout.alone)
@@ -111,7 +111,7 @@ class Trainer:
         compiled = compiles(setting.recipe, model, setting.device)
         # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
-        self.gradients = self.layout.gradients(model, self.optimizer.parameters, objective, most)
+        self.gradients = self.layout.gradients(model, self.optimizer.parameters, self.objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         computing = self.precision, setting.device, self.ranks.world
         self.facts = resume.facts(setting.recipe, setting.data.data_hash, *computing) | {"compiled": compiled}
@@ -132,7 +132,8 @@ class Trainer:
     def formula(self) -> flops.Formula:
         """What the FLOPs of a micro-batch are, from its shape."""
         sizes = [len(side.vocabulary) for side in (self.setting.data.source, self.setting.data.target)]
-        return flops.find(self.model, of_targets(self.setting.recipe), sizes, self.setting.device)
+        outputs = 1 + self.setting.recipe.risk.samples
+        return flops.find(self.model, self.objective, sizes, self.setting.device, outputs)
 
     def run(self, show: Show) -> None:
         """Train until nothing is left to do. A signal saves first and raises StoppedError."""
