@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from encdec_cli.models import attention
-from encdec_cli.models.attention import CrossAttention, SelfAttention, attend, mask_bias
+from encdec_cli.models.attention import CrossAttention, SelfAttention, attend
 from encdec_cli.models.dropout import Dropout, dropout, keep_probability
 from encdec_cli.models.layers import FeedForward, RMSNorm
 from encdec_cli.models.linear import Linear
+from encdec_cli.models.masks import mask_bias
 from encdec_cli.models.model import Memory
 from encdec_cli.models.positions import Rotary, Sinusoidal
 from encdec_cli.models.softmax import softmax

@@ -13,8 +13,8 @@ from encdec_cli import registry, testing
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import Limits
 from encdec_cli.decoding.sampling import Sampling
-from encdec_cli.models.attention import KeysValues
 from encdec_cli.models.model import Memory
+from encdec_cli.models.remembered import KeysValues
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.testing import models as laws
 

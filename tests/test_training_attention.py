@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from encdec_cli import kernels
 from encdec_cli.kernels import attention as kernel
-from encdec_cli.models.attention import attend, mask_bias
+from encdec_cli.models.attention import attend
 from encdec_cli.models.heads import split_heads
+from encdec_cli.models.masks import mask_bias
 
 pytestmark = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or no AVX-512")
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
