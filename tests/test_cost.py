@@ -6,6 +6,7 @@ import itertools
 import json
 import signal
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -122,38 +123,40 @@ def found(model, objective: Objective | None = None) -> flops.Formula:
 def test_the_formula_gives_the_profilers_count(monkeypatch, name):
     # torch's own counter does not see fused attention on a CPU.
     monkeypatch.setattr(attention, "_by_matmul", lambda *_: True)
-    model, shape = MODELS[name](), (20, 40, 23)
-    formula, one = found(model), batch(*shape)
+    model, whole = MODELS[name](), batch(20, 40, 23)
+    formula = found(model)
+    # What computes no padding does as much as with each example alone.
+    batches = [whole.take(place, place + 1) for place in range(20)] if model.packs else [whole]
+    monkeypatch.setattr(Transformer, "packs", False)
     linear.operators(), fused.operators()  # the counter knows those that are there when it is made
     # A textbook loss: torch's counter hooks into modules, and does not bear gradients inside of a forward pass.
     with FlopCounterMode(display=False) as counter:
-        target = one.known_target
-        rows, labels = real_rows(model(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
-        torch.nn.functional.cross_entropy(model.project(rows), labels).backward()
+        for one in batches:
+            target = one.known_target
+            rows, labels = real_rows(model(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
+            torch.nn.functional.cross_entropy(model.project(rows), labels).backward()
     model.zero_grad()
-    real = int((one.known_target[:, 1:] != 0).sum())
-    assert formula.flops_of(*shape, real) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert formula.flops_of(whole) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_two_passes_are_twice_the_work(name):
-    shape, real = (20, 40, 23), 300
+    one = batch(20, 40, 23)
     once, twice = found(MODELS[name]()), found(MODELS[name](), RDrop(0.1, None, 5.0))
     # But for the logits of the first row, by which the output layer's parameters are found.
-    assert twice.flops_of(*shape, real) == pytest.approx(2 * once.flops_of(*shape, real), rel=1e-3)
+    assert twice.flops_of(one) == pytest.approx(2 * once.flops_of(one), rel=1e-3)
 
 
 def test_what_a_teacher_computes_counts(monkeypatch):
     monkeypatch.setattr(attention, "_by_matmul", lambda *_: True)
-    model, teacher, shape, one = transformer(), transformer(d_model=64).eval(), (20, 40, 23), batch(20, 40, 23)
+    model, teacher, one = transformer(), transformer(d_model=64).eval(), batch(20, 40, 23)
     linear.operators(), fused.operators()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         target = one.known_target
-        rows, labels = real_rows(teacher(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
+        rows, _ = real_rows(teacher(one.source, one.source_mask, one.decoder_input), target[:, 1:])
         teacher.project(rows)
     alone, taught = found(model), found(model, Distillation(teacher, 0.1, None, 0.5, 1.0))
-    more = taught.flops_of(*shape, len(labels)) - alone.flops_of(*shape, len(labels))
-    assert more == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert taught.flops_of(one) - alone.flops_of(one) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 WORKS = {
@@ -165,26 +168,37 @@ WORKS = {
 }
 
 
+def test_padding_counts_where_it_is_computed():
+    one = collate([[5] * 3, [5]], [[6], [6] * 8], range(2))
+    assert [side.tolist() for side in flops.computed(one, packed=True)] == [[4, 2], [2, 9]]
+    assert [side.tolist() for side in flops.computed(one, packed=False)] == [[4, 4], [9, 9]]
+    packed, padded = found(transformer()), found(gru())
+    assert (packed.packed, padded.packed) == (True, False)
+    wide = replace(one, source=torch.nn.functional.pad(one.source, (0, 5)))
+    assert packed.flops_of(wide) == packed.flops_of(one)
+
+
 @pytest.mark.parametrize("objective", WORKS.values(), ids=WORKS)
 def test_what_other_objectives_compute_counts(objective):
-    model, shape = transformer(), (20, 40, 23)
-    one = batch(*shape)
+    model = transformer()
+    one = collate([[5] * 39] * 20, [[6] * 22] * 20, range(20))  # they compute padding
     links, outputs = torch.zeros(20, 23, 40), one.known_target.unsqueeze(1).expand(-1, 4, -1)
     whole = Judged(**{**vars(one), "links": links}, candidates=outputs, costs=torch.zeros(20, 4))
     counted = Gradients(model, list(model.parameters()), objective, 1).read(whole).flops
     formula = flops.find(model, objective, (VOCAB, VOCAB), "cpu", 4)
     assert counted > 0
     # But for the logits of the first row, by which the output layer's parameters are found.
-    assert formula.flops_of(*shape, int(one.target_lengths.sum())) == pytest.approx(counted, rel=1e-3)
+    assert formula.flops_of(one) == pytest.approx(counted, rel=1e-3)
 
 
 def test_fused_attention_is_counted_too():
     """Without dropout, fp32 takes a fused kernel; its backward pass computes the scores once more."""
     model = transformer(dropout=0.0)
-    rows, source, target = shape = (4, 10, 6)
+    rows, source, target = 4, 10, 6
+    one = collate([[5] * 9] * 4, [[5] * 5] * 4, range(4))
     products = 2 * rows * 32 * (2 * source * source + 3 * target * target + 3 * source * target)
     fused, plain = found(model), found(transformer(attention_dropout=0.5))
-    assert fused.flops_of(*shape, 24) - plain.flops_of(*shape, 24) == products
+    assert fused.flops_of(one) - plain.flops_of(one) == products
 
 
 def test_counting_leaves_the_model_as_it_was():
@@ -237,11 +251,13 @@ def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, ch
     def load(rows):
         return collate([ids[0][i] for i in rows], [ids[1][i] for i in rows], rows.tolist())
 
-    asked = []
-    several = forecast(model, lambda rows: asked.append(len(rows)) or load(rows), 2, dtype)
+    several, computed = forecast(model, load, 2, dtype), []
+    read = several.gradients.read
+    monkeypatch.setattr(several.gradients, "read", lambda one: computed.append(len(one.rows)) or read(one))
     found = several.need(np.arange(160))
-    assert max(asked[1:]) < 160 / 2  # the first time only lengths are looked at
-    whole = several.gradients.read(load(np.arange(160))).peak
+    assert len(computed) == 2
+    assert max(computed) < 160 / 2
+    whole = read(load(np.arange(160))).peak
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert found.activations == pytest.approx(several.gradients.workers * whole, rel=0.02, abs=4 * parameters)
     assert found.gradients == 4 * parameters
@@ -425,16 +441,9 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
     store = wanted.data.store("train")
     sampler = Sampler(store.source_lengths, store.target_lengths, 256, wanted.data.data_hash, 1)
     batches = [rows for update in itertools.islice(sampler.updates(0, 2), 20) for rows in update]
-    sides = [[side[rows] + 1 for rows in batches] for side in (store.source_lengths, store.target_lengths)]
-    real = sum(int(one.sum()) for side in sides for one in side)
-    positions = sum(len(one) * int(one.max()) for side in sides for one in side)
-    assert last["padding"] == pytest.approx(1 - real / positions, abs=1e-4)
     trainer = Trainer(wanted)
-    expected = sum(
-        trainer.formula.flops_of(len(source), int(source.max()), int(target.max()), int(target.sum()))
-        for source, target in zip(*sides, strict=True)
-    )
-    assert last["flops"] == expected
+    assert last["flops"] == sum(trainer.formula.flops_of(trainer.first(rows)) for rows in batches)
+    assert last["padding"] == 0  # on a CPU a Transformer computes none
     facts = json.loads((run / "bundle" / "bundle.json").read_text())["facts"]
     assert facts["work"] == {key: last[key] for key in ("tokens", "flops", "padding")}
     spent = last["clock"]["spent"]

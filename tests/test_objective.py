@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from encdec_cli import atomic, recipe
 from encdec_cli.bundle.bundle import Bundle
-from encdec_cli.data.batch import Batch, collate
+from encdec_cli.data.batch import Batch, before, collate
 from encdec_cli.data.shard import Side
 from encdec_cli.data.store import Store, write_shards
 from encdec_cli.decoding.attention import Head
@@ -52,7 +52,7 @@ def batch() -> Batch:
 
 def log_probs(network: Model, source: Tensor, target: Tensor) -> Tensor:
     """[rows, tgt_len - 1, vocab]"""
-    hidden = network(source, source != PAD, target[:, :-1])
+    hidden = network(source, source != PAD, before(target))
     return network.project(hidden.flatten(0, 1)).view(*hidden.shape[:2], -1).log_softmax(-1)
 
 

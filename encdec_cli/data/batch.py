@@ -45,8 +45,8 @@ class Batch:
 
     @property
     def decoder_input(self) -> Tensor:
-        """`[rows, tgt_len - 1]`: what a decoder reads to predict `known_target[:, 1:]`."""
-        return (self.known_target if self.seen is None else self.seen)[:, :-1]
+        """`[rows, tgt_len - 1]`: what a decoder reads to predict `known_target[:, 1:]`; nothing follows EOS."""
+        return before(self.known_target, self.seen)
 
     @property
     def target_lengths(self) -> Tensor:
@@ -72,6 +72,14 @@ class Batch:
         seen = None if self.seen is None else self.seen[begin:end, :written]
         links = None if self.links is None else self.links[begin:end, : written - 1, :read]
         return Batch(source[:, :read], target[:, :written], self.rows[begin:end], seen, links)
+
+
+def before(target: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Return what is read before each token of target `[rows, len]` after the first, `[rows, len - 1]`.
+
+    seen: what is to be read for `target`; None: that itself.
+    """
+    return (target if seen is None else seen)[:, :-1].masked_fill(target[:, 1:] == PAD, PAD)
 
 
 def collate(sources: Ragged | Sequences, targets: Ragged | Sequences | None, rows: Sequence[int]) -> Batch:

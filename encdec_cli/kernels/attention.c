@@ -246,21 +246,30 @@ int attend_in_training(const struct attention_training *z, int64_t first, int64_
     if (!room.queries) return 1;
     for (int64_t place = first; place < last; place++) {
         int64_t sentence = place / z->heads, head = place % z->heads;
-#define OF(tensor, strides) (void *)at(tensor, sentence * (strides)[0] + head * (strides)[1], bf16)
+        int64_t row = sentence, query = 0, key = 0, before = sentence * z->queries;
+        struct attention_training own = *z; /* with the lengths of this sentence */
+        if (z->query_starts) {
+            row = 0, query = before = z->query_starts[sentence], key = z->key_starts[sentence];
+            own.queries = z->query_starts[sentence + 1] - query;
+            own.keys = z->key_starts[sentence + 1] - key;
+        }
+#define OF(tensor, strides, start) \
+    (void *)at(tensor, row * (strides)[0] + head * (strides)[1] + (start) * (strides)[2], bf16)
         struct head h = {
-            .query = OF(z->queries_at, z->query), .keys = OF(z->keys_at, z->key), .values = OF(z->values_at, z->value),
+            .query = OF(z->queries_at, z->query, query), .keys = OF(z->keys_at, z->key, key),
+            .values = OF(z->values_at, z->value, key),
             .bias = z->bias_at ? at(z->bias_at, sentence * z->bias[0], bf16) : 0,
-            .sums = z->sums_at + place * z->queries * 2,
+            .sums = z->sums_at + (before * z->heads + head * own.queries) * 2,
         };
         if (z->query_change_at) {
-            h.outer = OF(z->out_at, z->out);
-            h.query_change = OF(z->query_change_at, z->query_change);
-            h.keys_change = OF(z->key_change_at, z->key_change);
-            h.values_change = OF(z->value_change_at, z->value_change);
-            BY_TYPE(backward, &h, z, &room);
+            h.outer = OF(z->out_at, z->out, query);
+            h.query_change = OF(z->query_change_at, z->query_change, query);
+            h.keys_change = OF(z->key_change_at, z->key_change, key);
+            h.values_change = OF(z->value_change_at, z->value_change, key);
+            BY_TYPE(backward, &h, &own, &room);
         } else {
-            h.out = OF(z->out_at, z->out);
-            BY_TYPE(forward, &h, z, &room);
+            h.out = OF(z->out_at, z->out, query);
+            BY_TYPE(forward, &h, &own, &room);
         }
     }
     free(room.queries);

@@ -57,6 +57,8 @@ struct attention_training {
     void *out_at;   /* [sentences, queries, heads, width]: written forward; backward the gradient by it, read */
     float *sums_at; /* [sentences, heads, queries, 2]: written forward, read backward */
     void *query_change_at, *key_change_at, *value_change_at; /* gradients, written; NULL: forward */
+    const int64_t *query_starts, *key_starts; /* [sentences + 1]: where in one row of places each begins, if they differ in
+                                               * length: queries and keys are then the most; NULL: a row for each */
 };
 
 /* To out_at softmax(query keys^T / sqrt(width) + bias) values, or the gradients by query, keys and values, for the heads

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from encdec_cli import kernels
 from encdec_cli.kernels import attention as training
+from encdec_cli.kernels.packing import Packing
 from encdec_cli.models.dropout import apart, dropout_of_part
 from encdec_cli.models.heads import split_heads
 from encdec_cli.models.linear import Linear
-from encdec_cli.models.masks import bias_of
+from encdec_cli.models.masks import bias_of, mask_bias
 from encdec_cli.models.parts import ColumnParallelLinear, Part, RowParallelLinear
 from encdec_cli.models.positions import Rotary
 from encdec_cli.models.remembered import Ancestry, KeysValues
@@ -33,7 +34,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None = None,
+    mask: Tensor | Packing | None = None,
     causal: bool = False,
     dropout: float = 0.0,
     part: Part | None = None,
@@ -44,11 +45,14 @@ def attend(
         query: [rows, heads, queries, head_dim].
         key: [rows, heads, keys, head_dim].
         value: like key.
-        mask: broadcastable to [rows, heads, queries, keys]; True where a query may look, or numbers to be added.
+        mask: broadcastable to [rows, heads, queries, keys]; True where a query may look, or numbers to be added;
+            or which places of the only row belong together.
         causal: the last query sees every key, the one before it all but the last, and so on.
         dropout: probability of dropping an attention weight.
         part: whose heads these are, if processes share them; None if they are all.
     """
+    if isinstance(mask, Packing):
+        return _packed(query, key, value, mask, causal, dropout, part)
     if mask is not None and mask.dtype == torch.bool:
         mask = bias_of(mask, query.dtype)
     if query.shape[2] == 1:
@@ -58,6 +62,19 @@ def attend(
     if not dropout and training.can_attend(query, key, value, mask, causal):
         return training.attend(query, key, value, mask, causal)
     return _by_torch(query, key, value, mask, causal, dropout, part)
+
+
+def _packed(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, causal: bool, dropout: float, part: Part | None
+) -> Tensor:
+    if not dropout and training.can_attend_packed(query, key, value, packing):
+        return training.attend(query, key, value, None, causal, packing)
+    read, seen = packing.queries, packing.keys
+    query, key, value = (
+        rows.unpack(one.transpose(1, 2)).transpose(1, 2) for rows, one in ((read, query), (seen, key), (seen, value))
+    )
+    mixed = attend(query, key, value, mask_bias(seen.mask, query.dtype), causal, dropout, part)
+    return read.pack(mixed.transpose(1, 2)).transpose(1, 2)
 
 
 def _by_torch(
@@ -146,7 +163,7 @@ class SelfAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packing | None = None,
         causal: bool = False,
         rotary: Rotary | None = None,
         cache: KeysValues | None = None,
@@ -165,7 +182,8 @@ class SelfAttention(nn.Module):
         else:
             query, key, value = split_heads(joined, 3, self.heads)
             if rotary is not None:
-                query, key = rotary(query, start), rotary(key, start)
+                places = mask.queries.positions if isinstance(mask, Packing) else start
+                query, key = rotary(query, places), rotary(key, places)
             query = _together(query, beam, row_by_row=True)
             key, value = _together(key, beam), _together(value, beam)
         if cache is not None and ancestry is not None:
@@ -218,7 +236,7 @@ class CrossAttention(nn.Module):
             return keys.contiguous(), values.contiguous()
         return keys.transpose(2, 3).contiguous().transpose(2, 3), values.contiguous()
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Packing | None) -> Tensor:
         """Attend from x [rows, new, dim] to a source; the rows of a sentence are one longer query."""
         dropout = self.dropout if self.training else 0.0
         mixed = attend(self._queries(x, keys), keys, values, mask, dropout=dropout, part=self.part)

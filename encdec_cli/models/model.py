@@ -68,6 +68,11 @@ class Model(nn.Module):
     max_positions: int | None = None
     """Most tokens of a source or a target, EOS or BOS included; None if there is no limit."""
 
+    @property
+    def packs(self) -> bool:
+        """Whether `forward` computes no padding: its work then grows with the tokens of a batch, not with its shape."""
+        return False
+
     @abstractmethod
     def encode(self, source: Tensor, mask: Tensor) -> Memory:
         """Read sources. source: [sentences, src_len] ids; mask: the same shape, True where there is a token."""

@@ -87,9 +87,12 @@ class Rotary(nn.Module):
         """Return the sines and cosines of some positions, [end - start, 2, head_dim / 2], as `like` is stored."""
         return self._table.get(end, like)[start:]
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """Turn x [rows, heads, len, head_dim], whose first position is `start`."""
-        end = start + x.shape[2]
-        sines, cosines = self.turns(start, end, x).unbind(1)
+    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Turn x [rows, heads, len, head_dim], whose positions are `start` [len], or begin with that."""
+        if isinstance(start, Tensor):
+            turns = self._table.get(int(start.max()) + 1, x)[start]
+        else:
+            turns = self.turns(start, start + x.shape[2], x)
+        sines, cosines = turns.unbind(1)
         first, second = x.chunk(2, dim=-1)
         return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1)

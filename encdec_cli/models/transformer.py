@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from encdec_cli.kernels.packing import Packing, Rows
 from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, NormKind, NormOrder, make_norm
@@ -25,6 +26,8 @@ from encdec_cli.models.transformer_layers import (
     encode_whole,
 )
 
+_PAD = 0
+"""The id of padding."""
 SHARED_ROWS = 8
 """Most rows of a sentence that share a store of keys and values: attention to it grows with their square."""
 
@@ -125,7 +128,7 @@ class Transformer(Model):
         self._decode_whole: Callable[..., tuple[Tensor, Tensor, Tensor]] = decode_whole
 
     def _embedding(self, vocab: int) -> nn.Embedding:
-        embedding = nn.Embedding(vocab, self.config.d_model, padding_idx=0)
+        embedding = nn.Embedding(vocab, self.config.d_model, padding_idx=_PAD)
         with torch.no_grad():
             nn.init.normal_(embedding.weight, std=self.config.d_model**-0.5)[0].zero_()
         return embedding
@@ -141,21 +144,51 @@ class Transformer(Model):
         x: Tensor = embedding(tokens)
         if self.config.scale_embeddings:
             x = x * self.config.d_model**0.5
-        if positions is not None:
-            x = positions(x, start)
-        dropped: Tensor = self.dropout(x)
-        return dropped
+        return x if positions is None else positions(x, start)
+
+    @property
+    def packs(self) -> bool:
+        """True on a CPU; see `Model`. A compiler wants few shapes, attention on a GPU and whole layers in C rows.
+
+        False for a subclass that has a step of its own: what trains must be what decodes.
+        """
+        kind = type(self)
+        steps = zip((kind.encode, kind.start, kind.decode), _STEPS, strict=True)
+        fused = any(isinstance(layer, EncoderLayer) and layer.fused for layer in self.encoder)
+        plain = not (self.compiled or fused) and all(own is step for own, step in steps)
+        return plain and self.target_embedding.weight.device.type == "cpu"
+
+    def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
+        """Return hidden states [sentences, tgt_len, dim] for all target positions; zeros for padding if it packs."""
+        if not self.packs:
+            return super().forward(source, mask, target)
+        trains = torch.is_grad_enabled()
+        packing = Packing(Rows(target.ne(_PAD)), Rows(mask))
+        x = self.dropout(packing.keys.pack(self._embed_source(source)))
+        for layer in self.encoder:
+            x = layer(x, Packing(packing.keys, packing.keys), self.rotary, self._encoding if trains else None)
+        state = self._state(self.encoder_norm(x), 1)
+        state.packing = packing
+        x = self._embed(target, self.target_embedding, self.target_positions, 0)
+        x = self.dropout(packing.queries.pack(x))
+        state.ancestry.extend(x.shape[1], x)
+        for number, layer in enumerate(self.decoder):
+            x = layer(x, state, number, self.rotary, through=self._decoding if trains else None)
+        return packing.queries.unpack(self.decoder_norm(x))
+
+    def _embed_source(self, source: Tensor) -> Tensor:
+        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
+        return self._embed(source, embedding, self.source_positions, 0)
 
     def encode(self, source: Tensor, mask: Tensor) -> Memory:
         """Read source [sentences, src_len]; raise ValueError if it is longer than learned positions reach."""
-        embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
-        x = self._embed(source, embedding, self.source_positions, 0)
+        x = self.dropout(self._embed_source(source))
         bias = mask_bias(mask, x.dtype, self.compiled)
         for layer in self.encoder:
             x = layer(x, bias, self.rotary, self._encoding if torch.is_grad_enabled() else None)
         return Memory(self.encoder_norm(x), mask)
 
-    def _encoding(self, layer: EncoderLayer, x: Tensor, bias: Tensor | None, rotary: Rotary | None) -> Tensor:
+    def _encoding(self, layer: EncoderLayer, x: Tensor, bias: Tensor | Packing | None, rotary: Rotary | None) -> Tensor:
         """Compute an encoder's layer as this model trains."""
         if self.checkpointing:
             return checkpointed(layer, lambda x: (self._encode_whole(layer, x, bias, rotary),), x)[0]
@@ -166,7 +199,7 @@ class Transformer(Model):
         layer: DecoderLayer,
         x: Tensor,
         source: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Packing | None,
         rotary: Rotary | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Compute a decoder's layer as this model trains; see `decode_whole`."""
@@ -178,18 +211,23 @@ class Transformer(Model):
 
     def start(self, memory: Memory, beam: int = 1) -> TransformerState:
         """Compute every layer's keys and values of the source, once for each sentence."""
+        state = self._state(memory.states, beam)
+        state.mask = mask_bias(memory.mask, memory.states.dtype, self.compiled)
+        return state
+
+    def _state(self, read: Tensor, beam: int) -> TransformerState:
         layers = [layer for layer in self.decoder if isinstance(layer, DecoderLayer)]
         return TransformerState(
             beam=beam,
             ancestry=Ancestry(beam if beam <= SHARED_ROWS else 1),
             caches=[KeysValues() for _ in layers],
-            sources=[layer.cross.read(memory.states) for layer in layers],
-            mask=mask_bias(memory.mask, memory.states.dtype, self.compiled),
+            sources=[layer.cross.read(read) for layer in layers],
+            mask=None,
         )
 
     def decode(self, tokens: Tensor, state: TransformerState) -> Tensor:  # type: ignore[override]
         """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
-        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        x = self.dropout(self._embed(tokens, self.target_embedding, self.target_positions, state.length))
         mask = state.ancestry.extend(tokens.shape[1], x)
         trains = torch.is_grad_enabled() and state.beam == 1 and state.length == tokens.shape[1]
         for number, layer in enumerate(self.decoder):
@@ -199,7 +237,7 @@ class Transformer(Model):
 
     def attention(self, tokens: Tensor, state: TransformerState) -> Iterator[Tensor]:  # type: ignore[override]
         """Yield each layer's attention to the source, [rows, heads, new, src_len], for tokens [rows, new]."""
-        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        x = self.dropout(self._embed(tokens, self.target_embedding, self.target_positions, state.length))
         mask = state.ancestry.extend(tokens.shape[1], x)
         for number, layer in enumerate(self.decoder):
             x, weights = layer(x, state, number, self.rotary, mask, shows=True)
@@ -232,3 +270,6 @@ class Transformer(Model):
             return linear(hidden, self.target_embedding.weight)
         logits: Tensor = self.output(hidden)
         return logits
+
+
+_STEPS = (Transformer.encode, Transformer.start, Transformer.decode)

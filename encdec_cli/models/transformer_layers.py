@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.kernels import layer as kernel
+from encdec_cli.kernels.packing import Packing
 from encdec_cli.models.attention import CrossAttention, SelfAttention
 from encdec_cli.models.fusing import kernel_of
 from encdec_cli.models.layers import FeedForward, Residual, make_norm
@@ -47,16 +48,25 @@ class EncoderLayer(nn.Module):
         residuals = (self.attention_residual, self.attention_residual, self.feed_forward_residual)
         self._kernel = kernel_of(kernel.EncoderLayer, self.attention.heads, maps, self.feed_forward, residuals)
 
+    @property
+    def fused(self) -> bool:
+        """Whether `fuse` has found a kernel."""
+        return self._kernel is not None
+
     def forward(
-        self, x: Tensor, mask: Tensor | None, rotary: Rotary | None, through: Callable[..., Tensor] | None = None
+        self,
+        x: Tensor,
+        mask: Tensor | Packing | None,
+        rotary: Rotary | None,
+        through: Callable[..., Tensor] | None = None,
     ) -> Tensor:
-        """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it.
+        """Map x [sentences, src_len, dim] to the same shape; mask as `mask_bias` makes it, or of packed x.
 
         Where a kernel does it, in the place of x. `through`, if given, computes it: from the layer, x, mask and rotary.
         """
         if through is not None:
             return through(self, x, mask, rotary)
-        if self._kernel is not None and self._kernel.takes(x, mask):
+        if self._kernel is not None and not isinstance(mask, Packing) and self._kernel.takes(x, mask):
             return self._kernel(x, mask, None if rotary is None else rotary.turns(0, x.shape[1], x))
         x = self.attention_residual(x, lambda y: self.attention(y, mask, rotary=rotary))
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
@@ -112,7 +122,7 @@ class DecoderLayer(nn.Module):
         [rows, heads, new, src_len]. `through`, if given, computes the first tokens of every row, as `decode_whole`.
         """
         if through is not None:
-            x, keys, values = through(self, x, state.sources[layer], state.mask, rotary)
+            x, keys, values = through(self, x, state.sources[layer], state.seen, rotary)
             state.caches[layer].append(keys, values, 0, keys.shape[2])
             return x
         if x.shape[1] == 1 and not shows and (found := self._at_once(x, state, layer, rotary, mask)) is not None:
@@ -124,10 +134,11 @@ class DecoderLayer(nn.Module):
         def look(y: Tensor) -> Tensor:
             if shows:
                 seen.append(self.cross.weights(y, keys, state.mask))
-            mixed: Tensor = self.cross(y, keys, values, state.mask)
+            mixed: Tensor = self.cross(y, keys, values, state.seen)
             return mixed
 
-        x = self.attention_residual(x, lambda y: self.attention(y, mask, mask is None, rotary, cache, ancestry))
+        own = mask if state.packing is None else state.packing.among_queries
+        x = self.attention_residual(x, lambda y: self.attention(y, own, mask is None, rotary, cache, ancestry))
         x = self.cross_residual(x, look)
         output: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return (output, seen[0]) if shows else output
@@ -147,6 +158,13 @@ class TransformerState:
     """For each layer: keys and values of the source, [sentences, heads, src_len, head_dim]."""
     mask: Tensor | None
     """What to add to scores of source positions, [sentences, 1, 1, src_len]; None if nothing is masked."""
+    packing: Packing | None = None
+    """Which positions of the only row, and of the source, belong together where training packs them."""
+
+    @property
+    def seen(self) -> Tensor | Packing | None:
+        """What says which positions of the source are seen."""
+        return self.mask if self.packing is None else self.packing
 
     @property
     def length(self) -> int:
@@ -174,17 +192,18 @@ class TransformerState:
         self.ancestry.crop(length)
 
 
-def encode_whole(layer: EncoderLayer, x: Tensor, mask: Tensor | None, rotary: Rotary | None) -> Tensor:
+def encode_whole(layer: EncoderLayer, x: Tensor, mask: Tensor | Packing | None, rotary: Rotary | None) -> Tensor:
     """Compute an encoder's layer as training does: what `Transformer.compile_layers` compiles, once for all layers."""
     return layer.forward(x, mask, rotary)  # this is a part of the layer's call: what hooks do is done
 
 
 def decode_whole(
-    layer: nn.Module, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | None, rotary: Rotary | None
+    layer: nn.Module, x: Tensor, source: tuple[Tensor, Tensor], mask: Tensor | Packing | None, rotary: Rotary | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a decoder's layer for all positions at once; return its output, and its keys and values."""
     ancestry = Ancestry(1)
-    state = TransformerState(1, ancestry, [KeysValues()], [source], mask)
+    packing, bias = (mask, None) if isinstance(mask, Packing) else (None, mask)
+    state = TransformerState(1, ancestry, [KeysValues()], [source], bias, packing)
     output: Tensor = layer.forward(x, state, 0, rotary, ancestry.extend(x.shape[1], x))
     keys, values = state.caches[0].stores
     return output, keys, values

@@ -18,50 +18,62 @@ from encdec_cli.training.objective import Objective
 from encdec_cli.training.risk import Judged
 
 Wholes = npt.NDArray[np.int64]
-Whole = int | Wholes
 
 _SAMPLES = (
+    ([7], [3]),
     ([3], [3]),
     ([5], [3]),
-    ([7], [3]),
     ([3], [5]),
     ([3], [7]),
     ([5], [5]),
-    ([3, 3], [7, 2]),
-    ([7, 4], [5, 5]),
-    ([5, 5, 2], [3, 3, 3]),
+    ([3, 3], [5, 5]),
+    ([5, 5, 5], [3, 3, 3]),
 )
-"""Source lengths and target lengths, EOS counted: enough to tell the terms of `features` apart."""
+"""Source lengths and target lengths, EOS counted: enough to tell the terms of `features` apart, but for padding."""
+_PADDED = (([3, 3], [7, 2]), ([7, 4], [5, 5]), ([5, 5, 2], [3, 3, 3]))
+"""The same for a model that computes it."""
 
 
-def features(rows: Whole, source: Whole, target: Whole, real: Whole) -> Wholes:
-    """Return what the work of an encoder-decoder may grow with, [8] or [8, batches].
+def features(source: Wholes, target: Wholes, real: int) -> Wholes:
+    """Return what the work of an encoder-decoder may grow with, [8].
 
     Args:
-        rows: examples.
-        source: padded source length, EOS counted.
-        target: padded target length, EOS counted.
+        source: positions that are computed of the source of each example, [rows]; EOS counted, as below.
+        target: the same of the target.
         real: target tokens that are not padding: those that reach the output layer.
     """
     lengths = (source, target, source * source, target * target, source * target)
-    return np.array([rows // rows, rows, *(rows * length for length in lengths), real])
+    return np.array([1, len(source), *(int(length.sum()) for length in lengths), real])
+
+
+def computed(batch: Batch, packed: bool) -> tuple[Wholes, Wholes]:
+    """Return how many positions of the source and of the target of each example are computed, [rows] each.
+
+    packed: whether padding is none of them.
+    """
+    source, target = batch.source_mask.sum(1).cpu().numpy(), batch.target_lengths.cpu().numpy()
+    return (source, target) if packed else (source * 0 + source.max(), target * 0 + target.max())
 
 
 @dataclass(frozen=True)
 class Formula:
     """FLOPs of one micro-batch, and bytes that its forward pass keeps; a factor for each of `features`."""
 
+    packed: bool
+    """Whether padding costs nothing."""
+
     flops: tuple[int, ...]
     saved: tuple[int, ...]
 
-    def flops_of(self, rows: int, source: int, target: int, real: int) -> int:
-        """Return the FLOPs of loss and gradient; see `features`."""
-        return int(np.array(self.flops) @ features(rows, source, target, real))
+    def flops_of(self, batch: Batch) -> int:
+        """Return the FLOPs of loss and gradient."""
+        return int(np.array(self.flops) @ features(*computed(batch, self.packed), int(batch.target_lengths.sum())))
 
     def heaviest(self, shapes: npt.NDArray[np.integer]) -> int:
         """Return which of the batches of shapes [batches, 3] (rows, source, target) keeps the most bytes."""
         rows, source, target = shapes.T
-        return int((np.array(self.saved) @ features(rows, source, target, rows * target)).argmax())
+        lengths = (source, target, source * source, target * target, source * target, target)
+        return int((np.array(self.saved) @ [rows // rows, rows, *(rows * length for length in lengths)]).argmax())
 
 
 @contextmanager
@@ -88,7 +100,7 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows, readings = [], []
-    for lengths in (_SAMPLES[2], *_SAMPLES):  # the first time a model may make things that it keeps
+    for lengths in (_SAMPLES[0], *_SAMPLES, *(() if model.packs else _PADDED)):  # at first things are made that stay
         source, target = ([min(one, model.max_positions or one) for one in side] for side in lengths)
         ids = [
             [list(islice(cycle(range(4, vocabulary)), length - 1)) for length in side]
@@ -97,13 +109,9 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
         with _every_layer_kept(model):
             batch = collate(ids[0], ids[1], range(len(source))).to(device)
             readings.append(Gradients(model, learning, objective, 1).read(_with_all(batch, candidates)))
-        rows.append(features(len(source), max(source), max(target), sum(target)))
-    return Formula(
-        *(
-            _solve(rows[1:], [each.flops for each in readings[1:]]),
-            _solve(rows[1:], [each.saved for each in readings[1:]]),
-        )
-    )
+        rows.append(features(*computed(batch, model.packs), sum(target)))
+    flops, saved = zip(*((each.flops, each.saved) for each in readings[1:]), strict=True)
+    return Formula(model.packs, _solve(rows[1:], flops), _solve(rows[1:], saved))
 
 
 def _with_all(batch: Batch, candidates: int) -> Batch:

@@ -1,7 +1,7 @@
 """What training needs of the memory, told before the first update, for any model.
 
-Loss and gradient of a few rows of the largest micro-batch are computed while every tensor is counted. With the lengths
-of a batch fixed, what is alive at the worst moment grows by the same for each row, so two such samples tell of the
+Loss and gradient of a few rows of the largest micro-batch are computed while every tensor is counted. What is alive at
+the worst moment grows evenly with the positions, of which most rows have equally many, so two such samples tell of the
 whole. On a CPU the C library keeps more than is alive; how much is measured once, on the larger sample.
 """
 
@@ -21,6 +21,7 @@ from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import held
 from encdec_cli.training.distributed import shared_cores
+from encdec_cli.training.flops import computed
 from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import chunk_of
 from encdec_cli.training.optimizer import Optimizer
@@ -92,14 +93,16 @@ class Forecast:
     def need(self, rows: Ints) -> Need:
         """Predict what updates take whose largest micro-batch has these examples, as `Sampler.cut` orders them."""
         model, parameters = self.gradients.model, self.gradients.parameters
-        few, more = self._sizes(rows)
-        first, second = (self.gradients.read(self.load(rows[:n])) for n in (few, more))
-        further = (len(rows) - few) / max(1, more - few)
+        whole = self.load(rows)
+        few, more = (whole.take(0, count) for count in self._sizes(whole))
+        first, second = self.gradients.read(few), self.gradients.read(more)
+        small, larger, largest = (self._positions(batch) for batch in (few, more, whole))
+        further = (largest - small) / max(1, larger - small)
         # Which of both phases is the worse one may change with the rows; each grows evenly.
         phases = (first.forward, second.forward), (first.backward, second.backward)
         peak = max(one + round(further * (other - one)) for one, other in phases)
         device = parameters[0].device
-        waste = self._waste(self.load(rows[:more]), second.peak) if device.type == "cpu" else 0.0
+        waste = self._waste(more, second.peak) if device.type == "cpu" else 0.0
         model_bytes = [*model.parameters(), *model.buffers(), *self.copy.parameters(), *self.copy.buffers()]
         state = list(self.optimizer.state().values())
         weights = _bytes(model_bytes)
@@ -121,21 +124,24 @@ class Forecast:
             validation=round((1 + waste) * self.decoding),
         )
 
+    def _positions(self, batch: Batch) -> int:
+        return sum(int(side.sum()) for side in computed(batch, self.gradients.model.packs))
+
     def _whole(self) -> int:
         """Return the bytes of the weights in fp32, in the process that has a whole copy of a model in shares."""
         if self.copy is self.gradients.model:
             return 0
         return 4 * sum(parameter.numel() for parameter in self.copy.parameters() if not parameter.is_meta)
 
-    def _sizes(self, rows: Ints) -> tuple[int, int]:
+    def _sizes(self, batch: Batch) -> tuple[int, int]:
         """Return the rows of two samples. Both fill two chunks of logits, which stand together, if the batch does."""
-        batch = self.load(rows)
         written = batch.target_lengths.cumsum(0)
         total, tokens = int(written[-1]), max(_FEW, 2 * chunk_of(batch.source.device) // self.vocabulary + 1)
         if total < tokens:
             tokens = min(_FEW, total // 4)
-        few = min(len(rows), max(2, 1 + int((written < tokens).sum())))  # the first two hold the longest sides
-        return few, min(len(rows), 2 * few)
+        rows = len(batch.rows)
+        few = min(rows, max(2, 1 + int((written < tokens).sum())))  # the first two hold the longest sides
+        return few, min(rows, 2 * few)
 
     def _waste(self, batch: Batch, peak: int) -> float:
         """Return the share by which a process grows beyond what is alive, by computing some micro-batches for real."""

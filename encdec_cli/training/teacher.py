@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from encdec_cli.bundle.bundle import Bundle, load_alike
-from encdec_cli.data.batch import Batch
+from encdec_cli.data.batch import Batch, before
 from encdec_cli.models.model import Model
 from encdec_cli.training.loss import Criterion, CrossEntropy, Project, chunked_loss, real_rows
 
@@ -41,7 +41,7 @@ class Distillation:
         rows, labels = real_rows(model(batch.source, batch.source_mask, batch.decoder_input), target[:, 1:])
         # Micro-batches are computed side by side; not every model can be.
         with torch.no_grad(), nullcontext() if self.teacher.side_by_side else self._turn:
-            hidden, _ = real_rows(self.teacher(batch.source, batch.source_mask, target[:, :-1]), target[:, 1:])
+            hidden, _ = real_rows(self.teacher(batch.source, batch.source_mask, before(target)), target[:, 1:])
         base = CrossEntropy(labels, self.smoothing, self.prior)
         criterion = Divergence(base, hidden, self.teacher.project, self.weight, self.temperature)
         return chunked_loss(rows, model.project, criterion, parameters, weight)

@@ -260,10 +260,9 @@ class Trainer:
         """Return target tokens, FLOPs, positions and real tokens of an update, of all processes; EOS is a token."""
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            (rows, source), target, real = batch.source.shape, batch.known_target.shape[1] - 1, batch.target_lengths
-            tokens = int(real.sum())
-            flops = self.formula.flops_of(rows, source, target, tokens)
-            new = [tokens, flops, rows * (source + target), int(batch.source_mask.sum()) + tokens]
+            read, tokens = int(batch.source_mask.sum()), int(batch.target_lengths.sum())
+            positions = sum(int(side.sum()) for side in flops.computed(batch, self.model.packs))
+            new = [tokens, self.formula.flops_of(batch), positions, read + tokens]
             counts += torch.tensor(new, dtype=torch.float64)
         self.ranks.sum(what, [counts], self.ranks.peers)
         return [int(count) for count in counts.tolist()]

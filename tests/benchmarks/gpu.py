@@ -119,10 +119,7 @@ def measure(variants: Sequence[Variant], batches: Sequence[Batch], repetitions: 
 def total_flops(size: str, vocab: int, batches: Sequence[Batch]) -> int:
     """Return the FLOPs of loss and gradient of all batches."""
     formula = flops.find(our_model(vocab, size).to(DEVICE), CrossEntropy(SMOOTHING), (vocab, vocab), str(DEVICE))
-    shapes = [
-        (*batch.source.shape, batch.known_target.shape[1] - 1, int(batch.target_lengths.sum())) for batch in batches
-    ]
-    return sum(formula.flops_of(*shape) for shape in shapes)
+    return sum(formula.flops_of(batch) for batch in batches)
 
 
 def main() -> None:
