@@ -84,7 +84,7 @@ class Validation:
             _leave(stop)
             batch = collate(*self.store.gather(rows), rows.tolist()).to(self.device)
             target = batch.known_target
-            hidden = model(batch.source, batch.source_mask, target[:, :-1])
+            hidden = model(batch.source, batch.source_mask, batch.decoder_input)
             real, labels = real_rows(hidden, target[:, 1:])
             total -= float(log_probs(real, model.project, labels).sum())
             tokens += len(labels)
