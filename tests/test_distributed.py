@@ -39,12 +39,11 @@ from tests.test_resume import fingerprint
 SMALL = ("train.precision=fp32", "train.steps=24", "train.save_every=6", "train.validate_every=12", "train.log_every=4")
 TWO = (*SMALL, "train.accumulate=2")
 FAULTY = '''\
-"""A Transformer with which a process may come to harm, at a given call of its encoder."""
+"""A Transformer with which a process may come to harm, when it has read so many sources."""
 
 import os
 import signal
 import time
-from dataclasses import replace
 
 from encdec_cli.bundle import checkpoint
 from encdec_cli.models.transformer import Transformer
@@ -89,13 +88,13 @@ class Faulty(Transformer):
     class Config(Transformer.Config):
         pass
 
-    def encode(self, source, mask):
+    def _embed_source(self, source):  # not `encode`: who changes that trains padded
         place = "update" if self.training else "judge"
         harm = perhaps(place) if updating or not self.training else None
         if harm == "drift":
             self.target_embedding.weight.data[5, 5] += 1
-        found = super().encode(source, mask)
-        return replace(found, states=found.states * float("nan")) if harm == "nan" else found
+        found = super()._embed_source(source)
+        return found * float("nan") if harm == "nan" else found
 
 
 def write_part(*arguments, write=checkpoint.write_part):
