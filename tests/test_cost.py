@@ -168,10 +168,11 @@ WORKS = {
 }
 
 
-def test_padding_counts_where_it_is_computed():
+def test_padding_counts_where_it_is_computed(monkeypatch):
     one = collate([[5] * 3, [5]], [[6], [6] * 8], range(2))
     assert [side.tolist() for side in flops.computed(one, packed=True)] == [[4, 2], [2, 9]]
     assert [side.tolist() for side in flops.computed(one, packed=False)] == [[4, 4], [9, 9]]
+    monkeypatch.setattr(Transformer, "packs", True)
     packed, padded = found(transformer()), found(gru())
     assert (packed.packed, padded.packed) == (True, False)
     wide = replace(one, source=torch.nn.functional.pad(one.source, (0, 5)))
@@ -443,7 +444,10 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
     batches = [rows for update in itertools.islice(sampler.updates(0, 2), 20) for rows in update]
     trainer = Trainer(wanted)
     assert last["flops"] == sum(trainer.formula.flops_of(trainer.first(rows)) for rows in batches)
-    assert last["padding"] == 0  # on a CPU a Transformer computes none
+    computed = [flops.computed(trainer.first(rows), trainer.model.packs) for rows in batches]
+    real = [flops.computed(trainer.first(rows), packed=True) for rows in batches]
+    shares = [sum(int(side.sum()) for sides in each for side in sides) for each in (real, computed)]
+    assert last["padding"] == pytest.approx(1 - shares[0] / shares[1], abs=1e-4)
     facts = json.loads((run / "bundle" / "bundle.json").read_text())["facts"]
     assert facts["work"] == {key: last[key] for key in ("tokens", "flops", "padding")}
     spent = last["clock"]["spent"]

@@ -18,6 +18,12 @@ from tests.test_training_attention import close, textbook
 VOCAB = 30
 
 
+@pytest.fixture(autouse=True)
+def packs(monkeypatch):
+    """Whatever this processor does best."""
+    monkeypatch.setattr(Transformer, "packs", True)
+
+
 def rows_of(lengths: list[int], width: int = 0) -> Rows:
     return Rows(torch.arange(max([width, *lengths])) < torch.tensor(lengths)[:, None])
 
@@ -136,6 +142,31 @@ def test_where_nothing_is_predicted_nothing_is_computed(monkeypatch):
     hidden = model(one.source, one.source_mask, one.decoder_input)
     assert seen == [(1, int(one.target_lengths.sum()), 32)] * 2
     assert not hidden[one.decoder_input == 0].any()
+
+
+@pytest.mark.parametrize("step", ["encode", "start", "decode"])
+def test_who_changes_a_step_trains_by_it(monkeypatch, step):
+    monkeypatch.undo()
+    monkeypatch.setattr("encdec_cli.models.transformer.any_rows", lambda *_: True)
+    called = []
+
+    def own(self, *arguments):
+        called.append(step)
+        return getattr(Transformer, step)(self, *arguments)
+
+    kind = type("Own", (Transformer,), {step: own})
+    model, one = kind(Transformer.Config(1, 1, 32, 2, 32), VOCAB, VOCAB), batch()
+    assert transformer().packs
+    assert not model.packs
+    model(one.source, one.source_mask, one.decoder_input)
+    assert called == [step]
+
+
+def test_products_that_are_made_for_each_shape_get_few(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr("encdec_cli.models.linear.can_pack", lambda dtype, _width: dtype == torch.float32)
+    assert transformer().packs
+    assert not transformer().bfloat16().packs
 
 
 def test_the_kernel_is_not_given_what_it_cannot_read():

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from encdec_cli.kernels.linear import can_map, operators
+from encdec_cli.kernels.matrix import can_pack
 
 MUCH = 1 << 22
 """From this many multiplications on oneDNN is used: it makes a kernel for each new shape, which costs 0.4 ms."""
@@ -33,6 +34,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     mapped: Tensor = _Linear.apply(x, weight, bias, ours) if learning else _map(x, weight, bias, ours)  # type: ignore[no-untyped-call]
     return mapped
+
+
+def any_rows(dtype: torch.dtype, width: int) -> bool:
+    """Return whether a map of this width on a CPU takes every number of rows alike: oneDNN makes a kernel for each."""
+    return dtype not in (torch.float32, torch.bfloat16) or can_pack(dtype, width)
 
 
 def _map(x: Tensor, weight: Tensor, bias: Tensor | None, ours: bool) -> Tensor:

@@ -13,7 +13,7 @@ from encdec_cli.kernels.packing import Packing, Rows
 from encdec_cli.models.checkpointing import checkpointed
 from encdec_cli.models.dropout import Dropout
 from encdec_cli.models.layers import Activation, NormKind, NormOrder, make_norm
-from encdec_cli.models.linear import Linear, linear
+from encdec_cli.models.linear import Linear, any_rows, linear
 from encdec_cli.models.masks import mask_bias
 from encdec_cli.models.model import Memory, Model
 from encdec_cli.models.positions import Learned, Rotary, Sinusoidal
@@ -148,15 +148,16 @@ class Transformer(Model):
 
     @property
     def packs(self) -> bool:
-        """True on a CPU; see `Model`. A compiler wants few shapes, attention on a GPU and whole layers in C rows.
+        """True on a CPU whose products are our own; see `Model`.
 
-        False for a subclass that has a step of its own: what trains must be what decodes.
+        Torch's products and a compiler want few shapes, attention on a GPU and whole layers in C want rows. And what
+        trains must be what decodes: a subclass that has a step of its own is trained by it.
         """
-        kind = type(self)
+        kind, weight = type(self), self.target_embedding.weight
         steps = zip((kind.encode, kind.start, kind.decode), _STEPS, strict=True)
         fused = any(isinstance(layer, EncoderLayer) and layer.fused for layer in self.encoder)
         plain = not (self.compiled or fused) and all(own is step for own, step in steps)
-        return plain and self.target_embedding.weight.device.type == "cpu"
+        return plain and weight.device.type == "cpu" and any_rows(weight.dtype, weight.shape[1])
 
     def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
         """Return hidden states [sentences, tgt_len, dim] for all target positions; zeros for padding if it packs."""

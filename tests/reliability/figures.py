@@ -84,4 +84,5 @@ def golden(bench: Bench) -> Iterator[Result]:
         yield f"update {step}", None if abs(found / stored - 1) < 1e-5 else f"{found}, stored {stored}"
 
 
-GOLDEN_RUN = ("train.steps=20", "train.validate_every=0", "train.tokens=256")
+# Without dropout: what it draws depends on whether padding is computed, and that on the processor.
+GOLDEN_RUN = ("train.steps=20", "train.validate_every=0", "train.tokens=256", "model.dropout=0")
