@@ -403,6 +403,12 @@ def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corp
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.parametrize("shared", [SHARD, "parallel.tensor=2"])
+def test_a_process_that_hangs_within_a_micro_batch_of_shared_layers_is_named(forks, corpus, tmp_path, shared):
+    options = (faulty(corpus, tmp_path), *TWO, shared, "parallel.timeout=2", "--output", tmp_path / "run")
+    lose(forks, options, "1:update:9:sleep")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_memory_that_one_process_lacks_halves_its_batch_and_all_go_on(forks, corpus, tmp_path, rank):
     options = (faulty(corpus, tmp_path), *TWO, "model.dropout=0", "--output")

@@ -69,7 +69,8 @@ class CollectiveGradients:
             yield reduce(added, (self._one(*work, own_seed + place) for place, work in enumerate(works)))
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
-        with self.room.watched(batch), self.ranks.computing("a micro-batch"):
+        # Compiling takes one process longer than another.
+        with self.room.watched(batch), self.ranks.computing("a micro-batch", patient=self.model.compiled):
             with drawing(seed):
                 loss = self._loss(batch, weight)
             gradients = self._differentiate(loss)

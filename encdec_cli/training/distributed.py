@@ -157,14 +157,22 @@ class Ranks:
         return told
 
     @contextmanager
-    def computing(self, what: str) -> Iterator[None]:
-        """Compute inside the block what has the processes wait for each other on the way."""
+    def computing(self, what: str, patient: bool = True) -> Iterator[None]:
+        """Compute inside the block what has the processes wait for each other on the way.
+
+        patient: for as long as they live; else each must come to every `step` in time.
+        """
         if self._roll is None:
             yield
             return
-        with self._roll.waiting(what, patient=True):
+        with self._roll.waiting(what, patient=patient, works=True):
             yield
             _settle()
+
+    def step(self, *_: object) -> None:
+        """Note, inside `computing`, that this process is about to wait; whatever a hook gives does not matter."""
+        if self._roll is not None:
+            self._roll.step()
 
     def meet(self, what: str) -> None:
         """Wait until every process has come here, however long each takes."""

@@ -163,7 +163,12 @@ def whole_of(model: Model, ranks: Ranks) -> Model:
 
 def part_of(ranks: Ranks) -> Part:
     """Return the part of every layer that is this process's."""
-    return Part(ranks.place, ranks.tensor, lambda tensor: dist.all_reduce(tensor, group=ranks.mates))
+
+    def add(tensor: Tensor) -> None:
+        ranks.step()
+        dist.all_reduce(tensor, group=ranks.mates)
+
+    return Part(ranks.place, ranks.tensor, add)
 
 
 def _brought_together(own: Tensor, cut: Cut, ranks: Ranks) -> Tensor:

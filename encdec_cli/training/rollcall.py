@@ -23,19 +23,19 @@ class Beat:
 
     number: int
     """Counts the beats."""
-    point: int
-    """Counts the places where processes wait for each other; the same in all of them at the same place."""
+    point: tuple[int, int]
+    """Counts the places where processes wait for each other, and the steps there; the same in all at the same place."""
     where: str
     """Words for that place."""
 
     @classmethod
     def read(cls, text: str) -> Beat:
         """Return what a store holds."""
-        number, point, where = text.split("|", 2)
-        return cls(int(number), int(point), where)
+        number, point, step, where = text.split("|", 3)
+        return cls(int(number), (int(point), int(step)), where)
 
 
-FIRST = "0|0|the start"
+FIRST = "0|0|0|the start"
 """The beat with which a process comes."""
 
 
@@ -61,7 +61,7 @@ class RollCall:
         self.world = world
         self.timeout = timeout
         self._interval = min(1.0, timeout / 10)
-        self._point, self._where = 0, "the start"
+        self._point, self._step, self._where = 0, 0, "the start"
         self._since: float | None = None
         self._patient = False
         self._whom: Sequence[int] = range(world)
@@ -93,14 +93,27 @@ class RollCall:
 
     def arrive(self, where: str) -> None:
         """Note that this process is at a place where others wait, or are waited for."""
-        self._point, self._where = self._point + 1, where
+        self._point, self._step, self._where = self._point + 1, 0, where
+
+    def step(self) -> None:
+        """Note that this process has come to the next place of several inside `waiting`, and waits anew."""
+        if self._since is not None:
+            self._step += 1
+            self._since = time.monotonic()
 
     @contextmanager
-    def waiting(self, where: str, patient: bool = False, whom: Sequence[int] | None = None) -> Iterator[None]:
+    def waiting(
+        self, where: str, patient: bool = False, whom: Sequence[int] | None = None, works: bool = False
+    ) -> Iterator[None]:
         """Wait for others inside the block: for `whom`, or all.
 
-        patient: for as long as they live; the block may do other work, too. An error of the communication becomes a
-        ResourceError that names the lost process.
+        An error of the communication becomes a ResourceError that names the lost process.
+
+        Args:
+            where: words for the place.
+            patient: whether it waits for as long as they live.
+            whom: None: for all.
+            works: whether the block does other work, too, whose errors are its own.
         """
         self.arrive(where)
         self._patient, self._whom = patient, range(self.world) if whom is None else whom
@@ -109,7 +122,7 @@ class RollCall:
             yield
         except RuntimeError as error:
             lost = self._broken()
-            if lost is None and patient and not _is_communication(error):  # an error of the other work
+            if lost is None and works and not _is_communication(error):
                 raise
             raise lost or self._leaving(_first_line(error)) from error
         finally:
@@ -127,7 +140,7 @@ class RollCall:
             while not self._ended.wait(self._interval):
                 count += 1
                 self._asked = time.monotonic()
-                self._own.set(f"at/{self.rank}", f"{count}|{self._point}|{self._where}")
+                self._own.set(f"at/{self.rank}", f"{count}|{self._point}|{self._step}|{self._where}")
                 since = self._since
                 waited = self._asked - since if since is not None else 0.0
                 if waited < self.timeout / 3:
@@ -150,7 +163,7 @@ class RollCall:
         silent = [rank for rank in whom if rank in heard and now - heard[rank][1] >= self.timeout * 2 / 3]
         if silent or self._patient or waited < self.timeout + 3 * self._interval:
             return self._named(silent, beats, "gives no sign of life")
-        late = [rank for rank in beats if beats[rank].point < self._point]
+        late = [rank for rank in beats if beats[rank].point < (self._point, self._step)]
         return self._named(late, beats, f"lives, but did not come within {self.timeout:g} s")
 
     def _guard(self, leave: Callable[[EncdecError], NoReturn]) -> None:

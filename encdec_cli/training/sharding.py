@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -100,6 +101,11 @@ def _whole(weight: Tensor, rows: Tensor | None) -> Tensor:
     return weight.full_tensor()
 
 
+def _step_backward(ranks: Ranks, _unit: nn.Module, _given: object, found: object) -> None:
+    if isinstance(found, Tensor) and found.requires_grad:
+        found.register_hook(ranks.step)  # type: ignore[no-untyped-call]
+
+
 def _nothing() -> None:
     return None
 
@@ -132,6 +138,8 @@ def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
         buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
     for unit in (*root.model.units(), root):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+        unit.register_forward_pre_hook(ranks.step, prepend=True)  # before it is gathered
+        unit.register_forward_hook(partial(_step_backward, ranks))
     for module in root.modules():
         if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
             module.set_gradient_divide_factor(1.0)
