@@ -6,7 +6,6 @@ import itertools
 import json
 import signal
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from encdec_cli import kernels
 from encdec_cli.bundle.checkpoint import Progress
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
@@ -121,13 +121,25 @@ def found(model, objective: Objective | None = None) -> flops.Formula:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_formula_gives_the_profilers_count(monkeypatch, name):
+    assert_counted(monkeypatch, MODELS[name](), packed=False)
+
+
+wide = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or no AVX-512: attention is padded after all")
+
+
+@wide
+def test_the_formula_gives_the_profilers_count_of_packed_rows(monkeypatch):
+    assert_counted(monkeypatch, transformer(d_model=64), packed=True)
+
+
+def assert_counted(monkeypatch, model, packed: bool) -> None:
     # torch's own counter does not see fused attention on a CPU.
     monkeypatch.setattr(attention, "_by_matmul", lambda *_: True)
-    model, whole = MODELS[name](), batch(20, 40, 23)
+    whole, model.packs = batch(20, 40, 23), packed
     formula = found(model)
     # What computes no padding does as much as with each example alone.
-    batches = [whole.take(place, place + 1) for place in range(20)] if model.packs else [whole]
-    monkeypatch.setattr(Transformer, "packs", False)
+    batches = [whole.take(place, place + 1) for place in range(20)] if packed else [whole]
+    model.packs = False
     linear.operators(), fused.operators()  # the counter knows those that are there when it is made
     # A textbook loss: torch's counter hooks into modules, and does not bear gradients inside of a forward pass.
     with FlopCounterMode(display=False) as counter:
@@ -136,7 +148,7 @@ def test_the_formula_gives_the_profilers_count(monkeypatch, name):
             rows, labels = real_rows(model(one.source, one.source_mask, target[:, :-1]), target[:, 1:])
             torch.nn.functional.cross_entropy(model.project(rows), labels).backward()
     model.zero_grad()
-    assert formula.flops_of(whole) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert formula.flops_of(*flops.lengths(whole)) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -144,7 +156,8 @@ def test_two_passes_are_twice_the_work(name):
     one = batch(20, 40, 23)
     once, twice = found(MODELS[name]()), found(MODELS[name](), RDrop(0.1, None, 5.0))
     # But for the logits of the first row, by which the output layer's parameters are found.
-    assert twice.flops_of(one) == pytest.approx(2 * once.flops_of(one), rel=1e-3)
+    lengths = flops.lengths(one)
+    assert twice.flops_of(*lengths) == pytest.approx(2 * once.flops_of(*lengths), rel=1e-3)
 
 
 def test_what_a_teacher_computes_counts(monkeypatch):
@@ -156,40 +169,39 @@ def test_what_a_teacher_computes_counts(monkeypatch):
         rows, _ = real_rows(teacher(one.source, one.source_mask, one.decoder_input), target[:, 1:])
         teacher.project(rows)
     alone, taught = found(model), found(model, Distillation(teacher, 0.1, None, 0.5, 1.0))
-    assert taught.flops_of(one) - alone.flops_of(one) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    lengths = flops.lengths(one)
+    assert taught.flops_of(*lengths) - alone.flops_of(*lengths) == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 WORKS = {
     "a guided head": GuidedAttention(Head(2, 1)),
     "outputs that are judged": ExpectedRisk(0.005),
+    "a teacher": Distillation(transformer(d_model=64).eval(), 0.1, None, 0.5, 1.0),
     "both beside the loss": Mixture(
         [(0.5, CrossEntropy(0.1)), (0.5, ExpectedRisk(0.005)), (0.1, GuidedAttention(Head(0, 0)))]
     ),
 }
 
 
-def test_padding_counts_where_it_is_computed(monkeypatch):
-    one = collate([[5] * 3, [5]], [[6], [6] * 8], range(2))
-    assert [side.tolist() for side in flops.computed(one, packed=True)] == [[4, 2], [2, 9]]
-    assert [side.tolist() for side in flops.computed(one, packed=False)] == [[4, 4], [9, 9]]
-    monkeypatch.setattr(Transformer, "packs", True)
-    packed, padded = found(transformer()), found(gru())
-    assert (packed.packed, padded.packed) == (True, False)
-    wide = replace(one, source=torch.nn.functional.pad(one.source, (0, 5)))
-    assert packed.flops_of(wide) == packed.flops_of(one)
+def test_positions_are_those_that_are_computed():
+    lengths = flops.lengths(collate([[5] * 3, [5]], [[6], [6] * 8], range(2)))
+    assert [side.tolist() for side in lengths] == [[4, 2], [2, 9]]
+    assert flops.positions(*lengths, packed=True) == 17
+    assert flops.positions(*lengths, packed=False) == 26
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("objective", WORKS.values(), ids=WORKS)
-def test_what_other_objectives_compute_counts(objective):
-    model = transformer()
-    one = collate([[5] * 39] * 20, [[6] * 22] * 20, range(20))  # they compute padding
+def test_what_other_objectives_compute_counts_with_the_padding_that_they_have(objective, packed):
+    model, one = transformer(), batch(20, 40, 23)
+    model.packs = packed
     links, outputs = torch.zeros(20, 23, 40), one.known_target.unsqueeze(1).expand(-1, 4, -1)
     whole = Judged(**{**vars(one), "links": links}, candidates=outputs, costs=torch.zeros(20, 4))
     counted = Gradients(model, list(model.parameters()), objective, 1).read(whole).flops
     formula = flops.find(model, objective, (VOCAB, VOCAB), "cpu", 4)
     assert counted > 0
     # But for the logits of the first row, by which the output layer's parameters are found.
-    assert formula.flops_of(one) == pytest.approx(counted, rel=1e-3)
+    assert formula.flops_of(*flops.lengths(one)) == pytest.approx(counted, rel=1e-3)
 
 
 def test_fused_attention_is_counted_too():
@@ -199,7 +211,8 @@ def test_fused_attention_is_counted_too():
     one = collate([[5] * 9] * 4, [[5] * 5] * 4, range(4))
     products = 2 * rows * 32 * (2 * source * source + 3 * target * target + 3 * source * target)
     fused, plain = found(model), found(transformer(attention_dropout=0.5))
-    assert fused.flops_of(one) - plain.flops_of(one) == products
+    lengths = flops.lengths(one)
+    assert fused.flops_of(*lengths) - plain.flops_of(*lengths) == products
 
 
 def test_counting_leaves_the_model_as_it_was():
@@ -219,17 +232,29 @@ def test_counting_leaves_the_model_as_it_was():
     st.integers(31, 120),
     st.sampled_from([7, 1_000_000]),
 )
-def test_shapes_are_those_of_the_batches_of_every_epoch(pairs, tokens, window):
+def test_lengths_are_those_of_the_batches_of_every_epoch(pairs, tokens, window):
     lengths = np.array(pairs).T
     sampler = Sampler(*lengths, tokens, "data", 1, window)
-    shapes = sampler.shapes().tolist()
+    source, target, starts = sampler.lengths()
+    parts = zip(np.split(source, starts[1:]), np.split(target, starts[1:]), strict=True)
+    cut = [list(zip(*sides, strict=True)) for sides in parts]
     for epoch in (0, 3):
-        batches = sampler.batches(epoch)
-        assert sorted(shapes) == sorted([len(b), *(int(side[b].max()) + 1 for side in lengths)] for b in batches)
-    for number, (rows, source, target) in enumerate(shapes):
-        cut = sampler.cut(number)
-        assert len(set(cut.tolist())) == len(cut) == rows
-        assert [int(side[cut[:2]].max()) + 1 for side in lengths] == [source, target]
+        batches = [sorted(zip(*(side[rows] + 1 for side in lengths), strict=True)) for rows in sampler.batches(epoch)]
+        assert sorted(map(sorted, cut)) == sorted(batches)
+    for number, pairs_of_it in enumerate(cut):
+        rows = sampler.cut(number)
+        assert len(set(rows.tolist())) == len(rows) == len(pairs_of_it)
+        longest = [int(side[rows[:2]].max()) + 1 for side in lengths]
+        assert longest == [max(each) for each in zip(*pairs_of_it, strict=True)]
+
+
+@wide
+def test_the_heaviest_batch_is_the_one_with_the_most_tokens_where_padding_costs_nothing():
+    model = transformer(d_model=64)
+    source, target, starts = np.array([9, 2, 8, 8, 5, 5]), np.array([9, 2, 8, 8, 5, 5]), np.array([0, 2, 4])
+    assert found(model).heaviest(source, target, starts) == 0  # 2 x 9
+    model.packs = True
+    assert found(model).heaviest(source, target, starts) == 1
 
 
 def forecast(model, load, accumulate: int = 1, dtype: torch.dtype = torch.float32) -> memory.Forecast:
@@ -442,12 +467,13 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
     store = wanted.data.store("train")
     sampler = Sampler(store.source_lengths, store.target_lengths, 256, wanted.data.data_hash, 1)
     batches = [rows for update in itertools.islice(sampler.updates(0, 2), 20) for rows in update]
+    sides = [[side[rows] + 1 for rows in batches] for side in (store.source_lengths, store.target_lengths)]
+    real = sum(int(one.sum()) for side in sides for one in side)
     trainer = Trainer(wanted)
-    assert last["flops"] == sum(trainer.formula.flops_of(trainer.first(rows)) for rows in batches)
-    computed = [flops.computed(trainer.first(rows), trainer.model.packs) for rows in batches]
-    real = [flops.computed(trainer.first(rows), packed=True) for rows in batches]
-    shares = [sum(int(side.sum()) for sides in each for side in sides) for each in (real, computed)]
-    assert last["padding"] == pytest.approx(1 - shares[0] / shares[1], abs=1e-4)
+    positions = real if trainer.model.packs else sum(len(one) * int(one.max()) for side in sides for one in side)
+    assert last["padding"] == pytest.approx(1 - real / positions, abs=1e-4)
+    counted = sum(trainer.gradients.read(trainer.first(rows)).flops for rows in batches)
+    assert last["flops"] == pytest.approx(counted, rel=1e-3)
     facts = json.loads((run / "bundle" / "bundle.json").read_text())["facts"]
     assert facts["work"] == {key: last[key] for key in ("tokens", "flops", "padding")}
     spent = last["clock"]["spent"]

@@ -50,7 +50,7 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import models
 from encdec_cli.training.trainer import Trainer
 
-seen = {"update": 0, "judge": 0, "save": 0}
+seen = {"update": 0, "layer": 0, "backward": 0, "judge": 0, "save": 0}
 updating = []
 
 
@@ -81,6 +81,13 @@ def perhaps(place):
     os.kill(os.getpid(), signal.SIGSTOP if harm == "stop" else signal.SIGKILL)
 
 
+def in_layer(_module, _given, found):
+    if updating:
+        perhaps("layer")
+        if found.requires_grad:
+            found.register_hook(lambda _gradient: perhaps("backward"))
+
+
 @models.register("faulty")
 class Faulty(Transformer):
     side_by_side = False
@@ -88,7 +95,14 @@ class Faulty(Transformer):
     class Config(Transformer.Config):
         pass
 
-    def _embed_source(self, source):  # not `encode`: who changes that trains padded
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.decoder[0].feed_forward.register_forward_hook(in_layer)
+
+    def can_pack(self, dtype, device):
+        return Transformer(self.config, 9, 9).can_pack(dtype, device)
+
+    def _embed_source(self, source):
         place = "update" if self.training else "judge"
         harm = perhaps(place) if updating or not self.training else None
         if harm == "drift":
@@ -403,10 +417,11 @@ def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corp
     assert_same(tmp_path / "run", alone)
 
 
+@pytest.mark.parametrize("place", ["update", "layer", "backward"])
 @pytest.mark.parametrize("shared", [SHARD, "parallel.tensor=2"])
-def test_a_process_that_hangs_within_a_micro_batch_of_shared_layers_is_named(forks, corpus, tmp_path, shared):
+def test_a_process_that_hangs_within_a_micro_batch_of_shared_layers_is_named(forks, corpus, tmp_path, shared, place):
     options = (faulty(corpus, tmp_path), *TWO, shared, "parallel.timeout=2", "--output", tmp_path / "run")
-    lose(forks, options, "1:update:9:sleep")
+    lose(forks, options, f"1:{place}:9:sleep")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

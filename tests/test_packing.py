@@ -13,15 +13,11 @@ from encdec_cli.kernels.packing import Packing, Rows
 from encdec_cli.models.attention import attend
 from encdec_cli.models.dropout import drawing
 from encdec_cli.models.transformer import Transformer
+from tests.conftest import copy_task
 from tests.test_training_attention import close, textbook
+from tests.trainers import trainer
 
 VOCAB = 30
-
-
-@pytest.fixture(autouse=True)
-def packs(monkeypatch):
-    """Whatever this processor does best."""
-    monkeypatch.setattr(Transformer, "packs", True)
 
 
 def rows_of(lengths: list[int], width: int = 0) -> Rows:
@@ -40,7 +36,10 @@ def batch(seed: int = 0) -> Batch:
 
 def transformer(**changes) -> Transformer:
     torch.manual_seed(1)
-    return Transformer(Transformer.Config(2, 2, 32, 2, 48, **({"dropout": 0.0} | changes)), VOCAB, VOCAB)
+    known = {"heads": 2, "feed_forward": 48, "dropout": 0.0}
+    model = Transformer(Transformer.Config(2, 2, 32, **(known | changes)), VOCAB, VOCAB)
+    model.packs = True
+    return model
 
 
 def hidden_and_gradients(model: Transformer, one: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -105,25 +104,34 @@ KINDS = {
     "rotary, rms, swiglu": {"positions": "rotary", "norm": "rms", "activation": "swiglu"},
     "untied, no bias, gelu": {"tie": "none", "bias": False, "activation": "gelu"},
     "heads that no kernel takes": {"heads": 4},
+    "attention that drops": {"attention_dropout": 0.3},
 }
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_transformer_computes_packed_what_it_computes_padded(monkeypatch, kind, dtype, checkpointing):
-    torch.manual_seed(1)
-    model = Transformer(
-        Transformer.Config(2, 2, 32, **({"heads": 2, "feed_forward": 48, "dropout": 0.0} | KINDS[kind])), VOCAB, VOCAB
-    )
-    model.to(dtype).checkpointing = checkpointing
-    one = batch()
+def test_a_transformer_computes_packed_what_it_computes_padded(kind, dtype, checkpointing):
+    model, one = transformer(**KINDS[kind]).to(dtype), batch()
+    model.checkpointing = checkpointing
     packed = hidden_and_gradients(model, one)
-    monkeypatch.setattr(Transformer, "packs", False)
+    model.packs = False
     padded = hidden_and_gradients(model, one)
     bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}[dtype]
     for a, b in zip((packed[0], *packed[1]), (padded[0], *padded[1]), strict=True):
         assert_alike(a, b, bound)
+
+
+@pytest.mark.parametrize("length", [12, kernel.MOST + 40])
+def test_so_it_does_without_gradients_and_beyond_the_kernel(length):
+    model = transformer().eval()
+    one = collate([[5 + i % 20 for i in range(length)], [6, 7]], [[8] * 4, [9] * (length // 2)], range(2))
+    found = []
+    for model.packs in (True, False):
+        with torch.no_grad():
+            hidden = model(one.source, one.source_mask, one.decoder_input)
+        found.append(hidden[one.decoder_input != 0])
+    assert_alike(*found, 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -144,29 +152,25 @@ def test_where_nothing_is_predicted_nothing_is_computed(monkeypatch):
     assert not hidden[one.decoder_input == 0].any()
 
 
-@pytest.mark.parametrize("step", ["encode", "start", "decode"])
-def test_who_changes_a_step_trains_by_it(monkeypatch, step):
-    monkeypatch.undo()
-    monkeypatch.setattr("encdec_cli.models.transformer.any_rows", lambda *_: True)
-    called = []
-
-    def own(self, *arguments):
-        called.append(step)
-        return getattr(Transformer, step)(self, *arguments)
-
-    kind = type("Own", (Transformer,), {step: own})
-    model, one = kind(Transformer.Config(1, 1, 32, 2, 32), VOCAB, VOCAB), batch()
-    assert transformer().packs
-    assert not model.packs
-    model(one.source, one.source_mask, one.decoder_input)
-    assert called == [step]
+class Own(Transformer):
+    """Nobody knows whether its layers look beyond a sentence."""
 
 
-def test_products_that_are_made_for_each_shape_get_few(monkeypatch):
-    monkeypatch.undo()
+def test_it_pays_on_a_cpu_whose_products_take_any_number_of_rows(monkeypatch):
     monkeypatch.setattr("encdec_cli.models.linear.can_pack", lambda dtype, _width: dtype == torch.float32)
-    assert transformer().packs
-    assert not transformer().bfloat16().packs
+    model, other = transformer(), Own(Transformer.Config(1, 1, 32, 2, 32), VOCAB, VOCAB)
+    assert model.can_pack(torch.float32, "cpu")
+    assert not model.can_pack(torch.bfloat16, "cpu")
+    assert not model.can_pack(torch.float32, "cuda:0")
+    assert not other.can_pack(torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(("key", "packs"), [((), True), (("train.compile=true",), False)])
+def test_training_packs_where_it_pays_and_does_not_compile(monkeypatch, tmp_path, key, packs):
+    monkeypatch.setattr(Transformer, "can_pack", lambda *_: True)
+    one = trainer(copy_task(tmp_path / "corpus"), tmp_path / "run", *key)
+    assert one.model.packs == packs
+    assert one.facts["packed"] == packs
 
 
 def test_the_kernel_is_not_given_what_it_cannot_read():

@@ -45,6 +45,7 @@ def facts_of_a_run(folder: Path) -> dict:
     path.write_text("task: {name: translation}\ndata: {name: cldr}\n")
     return resume.facts(recipe.load(path), "hash", "fp32", "cpu") | {
         "compiled": False,
+        "packed": False,
         "kernels": False,
         "versions": {"encdec": "1", "torch": "2", "safetensors": "3", "my_model.py": "hash"},
     }

@@ -34,7 +34,7 @@ class Progress:
     real: int = 0
     """Source and target positions computed that hold a token."""
     positions: int = 0
-    """Source and target positions computed, padding included."""
+    """Source and target positions computed, padding among them where it is."""
     loss: float = 0.0
     """Sum of the loss since the last line of the log."""
     loss_tokens: int = 0

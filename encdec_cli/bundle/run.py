@@ -8,7 +8,7 @@ runs/mt/
   log.jsonl             one JSON object a line
   tensorboard/          the same for TensorBoard, where the recipe asks for it
   run.json              what the run is made of, written when it starts or goes on
-  room.json             how large a micro-batch may be, where memory was not enough for one that processes share
+  room-N.json           how large a micro-batch may be, where memory was not enough for one that processes share
   lock                  who is writing here
 """
 

@@ -116,11 +116,11 @@ class Sampler:
             cuts.append(cuts[-1][-1] + cut(longest, self.tokens)[1:])
         return np.concatenate(cuts)
 
-    def shapes(self) -> Ints:
-        """Return rows, padded source and padded target length of every batch as cut, EOS counted, `[batches, 3]`."""
-        examples, starts = np.concatenate(self._windows), self._cuts[:-1]
-        source, target = (np.maximum.reduceat(side[examples], starts) + _EOS for side in (self._source, self._target))
-        return np.stack([np.diff(self._cuts), source, target], axis=1)
+    def lengths(self) -> tuple[Ints, Ints, Ints]:
+        """Return source and target lengths, EOS counted, of all examples as cut, and where each batch begins."""
+        examples = np.concatenate(self._windows)
+        source, target = (side[examples].astype(np.int64) + _EOS for side in (self._source, self._target))
+        return source, target, self._cuts[:-1]
 
     def cut(self, number: int) -> Ints:
         """Return examples as long as those of batch `number`, as cut; the first ones have the longest sides."""

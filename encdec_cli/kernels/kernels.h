@@ -53,9 +53,9 @@ struct attention_training {
     int64_t sentences, heads, queries, keys, width, causal;
     int64_t query[3], key[3], value[3], out[3], query_change[3], key_change[3], value_change[3];
     int64_t bias[2]; /* of sentences, queries */
-    const void *queries_at, *keys_at, *values_at, *bias_at; /* bias: [sentences, queries, keys]; NULL for none */
+    const void *queries_at, *keys_at, *values_at, *bias_at; /* bias: [sentences, queries, keys]; NULL: none, as with starts */
     void *out_at;   /* [sentences, queries, heads, width]: written forward; backward the gradient by it, read */
-    float *sums_at; /* [sentences, heads, queries, 2]: written forward, read backward */
+    float *sums_at; /* [sentences, heads, queries, 2], each sentence's own queries: written forward, read backward */
     void *query_change_at, *key_change_at, *value_change_at; /* gradients, written; NULL: forward */
     const int64_t *query_starts, *key_starts; /* [sentences + 1]: where in one row of places each begins, if they differ in
                                                * length: queries and keys are then the most; NULL: a row for each */

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,8 @@ class Rows:
     """Where the tokens of some rows stand, in a padded batch and packed."""
 
     mask: Tensor
-    """[rows, len], True where there is a token, which is at the beginning of its row."""
+    """[rows, len], True for the first tokens of each row, at least one."""
+    _found: dict[int, Tensor] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -42,6 +43,13 @@ class Rows:
     def positions(self) -> Tensor:
         """Where each token stands in its row, [tokens] int64."""
         return self.places % self.mask.shape[1]
+
+    def of_positions(self, table: Tensor) -> Tensor:
+        """Return of table [positions, ...] what belongs to each token, [tokens, ...]; the same for the same table."""
+        known = self._found.get(table.data_ptr())
+        if known is None:
+            known = self._found[table.data_ptr()] = table[self.positions]
+        return known
 
     def pack(self, x: Tensor) -> Tensor:
         """Return the tokens of x [rows, len, ...] as one row, [1, tokens, ...]."""

@@ -182,7 +182,7 @@ class SelfAttention(nn.Module):
         else:
             query, key, value = split_heads(joined, 3, self.heads)
             if rotary is not None:
-                places = mask.queries.positions if isinstance(mask, Packing) else start
+                places = mask.queries if isinstance(mask, Packing) else start
                 query, key = rotary(query, places), rotary(key, places)
             query = _together(query, beam, row_by_row=True)
             key, value = _together(key, beam), _together(value, beam)

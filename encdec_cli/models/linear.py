@@ -37,7 +37,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def any_rows(dtype: torch.dtype, width: int) -> bool:
-    """Return whether a map of this width on a CPU takes every number of rows alike: oneDNN makes a kernel for each."""
+    """Return whether a CPU's map of this width takes any number of rows alike: oneDNN makes a kernel for each."""
     return dtype not in (torch.float32, torch.bfloat16) or can_pack(dtype, width)
 
 

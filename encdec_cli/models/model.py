@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from encdec_cli.errors import UsageError
@@ -62,16 +63,13 @@ class Model(nn.Module):
     can_divide: ClassVar[bool] = False
     """Whether `parallel.tensor` may share out its layers: those of its modules that are `models.parts.Divisible` become
     parts of themselves, and all others are computed by every process."""
+    packs: bool = False
+    """Whether `forward` is to compute no padding; who trains sets it where `can_pack` allows it."""
     checkpointing: bool = False
     """Whether training keeps only what enters a layer and computes the rest a second time; see
     `models.checkpointing`."""
     max_positions: int | None = None
     """Most tokens of a source or a target, EOS or BOS included; None if there is no limit."""
-
-    @property
-    def packs(self) -> bool:
-        """Whether `forward` computes no padding: its work then grows with the tokens of a batch, not with its shape."""
-        return False
 
     @abstractmethod
     def encode(self, source: Tensor, mask: Tensor) -> Memory:
@@ -102,6 +100,10 @@ class Model(nn.Module):
         more. Optional: raises UsageError for a model that has none.
         """
         raise UsageError(f"this model ({type(self).__name__}) has no attention to show.")
+
+    def can_pack(self, dtype: torch.dtype, device: str) -> bool:
+        """Return whether `packs` is heeded, and pays, where the model is computed in this type on this device."""
+        return False
 
     def compile_layers(self) -> None:
         """Compile what training repeats, and set `compiled`; the numbers may change in the last bits."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from encdec_cli.kernels.packing import Rows
+
 
 class Table:
     """Rows of numbers computed from their position: made when they are needed, in the dtype they are needed in.
@@ -87,10 +89,10 @@ class Rotary(nn.Module):
         """Return the sines and cosines of some positions, [end - start, 2, head_dim / 2], as `like` is stored."""
         return self._table.get(end, like)[start:]
 
-    def forward(self, x: Tensor, start: int | Tensor = 0) -> Tensor:
-        """Turn x [rows, heads, len, head_dim], whose positions are `start` [len], or begin with that."""
-        if isinstance(start, Tensor):
-            turns = self._table.get(int(start.max()) + 1, x)[start]
+    def forward(self, x: Tensor, start: int | Rows = 0) -> Tensor:
+        """Turn x [rows, heads, len, head_dim], whose first position is `start`, or which is packed so."""
+        if isinstance(start, Rows):
+            turns = start.of_positions(self._table.get(start.longest, x))
         else:
             turns = self.turns(start, start + x.shape[2], x)
         sines, cosines = turns.unbind(1)

@@ -146,28 +146,26 @@ class Transformer(Model):
             x = x * self.config.d_model**0.5
         return x if positions is None else positions(x, start)
 
-    @property
-    def packs(self) -> bool:
-        """True on a CPU whose products are our own; see `Model`.
+    def can_pack(self, dtype: torch.dtype, device: str) -> bool:
+        """Return True on a CPU whose products are our own: torch's want few shapes, and attention on a GPU wants rows.
 
-        Torch's products and a compiler want few shapes, attention on a GPU and whole layers in C want rows. And what
-        trains must be what decodes: a subclass that has a step of its own is trained by it.
+        A subclass must say itself that its layers take packed rows, and that `forward` does what its steps do.
         """
-        kind, weight = type(self), self.target_embedding.weight
-        steps = zip((kind.encode, kind.start, kind.decode), _STEPS, strict=True)
-        fused = any(isinstance(layer, EncoderLayer) and layer.fused for layer in self.encoder)
-        plain = not (self.compiled or fused) and all(own is step for own, step in steps)
-        return plain and weight.device.type == "cpu" and any_rows(weight.dtype, weight.shape[1])
+        return type(self) is Transformer and device == "cpu" and any_rows(dtype, self.config.d_model)
 
     def forward(self, source: Tensor, mask: Tensor, target: Tensor) -> Tensor:
-        """Return hidden states [sentences, tgt_len, dim] for all target positions; zeros for padding if it packs."""
+        """Return hidden states [sentences, tgt_len, dim] for all target positions; zeros for padding if it packs.
+
+        Every source and every target has a token.
+        """
         if not self.packs:
             return super().forward(source, mask, target)
         trains = torch.is_grad_enabled()
         packing = Packing(Rows(target.ne(_PAD)), Rows(mask))
+        among_sources = Packing(packing.keys, packing.keys)
         x = self.dropout(packing.keys.pack(self._embed_source(source)))
         for layer in self.encoder:
-            x = layer(x, Packing(packing.keys, packing.keys), self.rotary, self._encoding if trains else None)
+            x = layer(x, among_sources, self.rotary, self._encoding if trains else None)
         state = self._state(self.encoder_norm(x), 1)
         state.packing = packing
         x = self._embed(target, self.target_embedding, self.target_positions, 0)
@@ -271,6 +269,3 @@ class Transformer(Model):
             return linear(hidden, self.target_embedding.weight)
         logits: Tensor = self.output(hidden)
         return logits
-
-
-_STEPS = (Transformer.encode, Transformer.start, Transformer.decode)

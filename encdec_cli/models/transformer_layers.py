@@ -48,11 +48,6 @@ class EncoderLayer(nn.Module):
         residuals = (self.attention_residual, self.attention_residual, self.feed_forward_residual)
         self._kernel = kernel_of(kernel.EncoderLayer, self.attention.heads, maps, self.feed_forward, residuals)
 
-    @property
-    def fused(self) -> bool:
-        """Whether `fuse` has found a kernel."""
-        return self._kernel is not None
-
     def forward(
         self,
         x: Tensor,

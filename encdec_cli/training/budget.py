@@ -34,13 +34,18 @@ def settle(setting: Setting) -> Setting:
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
     longest = setting.data.longest("train")
-    trainer = Trainer(_with(setting, max(_FIRST, longest)))
+    silent = replace(setting, say=_nothing, say_own=_nothing)  # what it would say the run says again
+    trainer = Trainer(_with(silent, max(_FIRST, longest)))
     with closing(trainer):
         tokens = _largest(trainer, longest)
     del trainer
     gc.collect()  # it holds itself in circles, and its model counts twice
     setting.say(f"train.tokens: auto is {tokens} here")
     return _with(setting, tokens)
+
+
+def _nothing(_sentence: str) -> None:
+    return None
 
 
 def _with(setting: Setting, tokens: int) -> Setting:

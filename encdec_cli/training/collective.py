@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, reduce
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from encdec_cli.models.dropout import drawing
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import held
 from encdec_cli.training.distributed import Ranks
-from encdec_cli.training.gradients import Gradient, added
+from encdec_cli.training.gradients import Gradient
 from encdec_cli.training.meter import Reading, read
 from encdec_cli.training.objective import Objective
 from encdec_cli.training.room import Room
@@ -64,17 +64,21 @@ class CollectiveGradients:
         for number, batch, pieces in zip(numbers or range(len(batches)), batches, self.room.cut(batches), strict=True):
             own_seed = (seed * 1_000_003 + number) % (1 << 63)
             torch.manual_seed(own_seed)  # for a model, or a device, that draws from there
-            # A piece without rows takes part with a loss of nothing: the others wait for it.
-            works = ((piece or batch.take(0, 1), weight if piece else 0.0) for piece in pieces)
-            yield reduce(added, (self._one(*work, own_seed + place) for place, work in enumerate(works)))
+            total = 0.0
+            for place, piece in enumerate(pieces):
+                piece_seed = (own_seed * 1_000_003 + place) % (1 << 63) if place else own_seed
+                # A piece without rows takes part with a loss of nothing: the others wait for it.
+                total += self._add(piece or batch.take(0, 1), weight if piece else 0.0, piece_seed)
+            yield total, tuple(self._taken())
 
-    def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
+    def _add(self, batch: Batch, weight: float, seed: int) -> float:
+        """Add the gradients of a micro-batch to those that the parameters have; return its loss, 0 without weight."""
         # Compiling takes one process longer than another.
         with self.room.watched(batch), self.ranks.computing("a micro-batch", patient=self.model.compiled):
             with drawing(seed):
                 loss = self._loss(batch, weight)
-            gradients = self._differentiate(loss)
-        return float(loss.detach()) / weight if weight else 0.0, tuple(gradients)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach()) / weight if weight else 0.0
 
     def read(self, batch: Batch) -> Reading:
         """Count what loss and gradient of a micro-batch take in this process, and forget them; all must ask at once."""
@@ -89,8 +93,11 @@ class CollectiveGradients:
         return self.around(partial(self.objective, self.model, batch, Gathered(self.model), weight))
 
     def _differentiate(self, loss: Tensor) -> list[Tensor | None]:
-        """Return the gradients of the parameters, this process's rows of them."""
         loss.backward()  # type: ignore[no-untyped-call]
+        return self._taken()
+
+    def _taken(self) -> list[Tensor | None]:
+        """Take the gradients from the parameters, this process's rows of them."""
         gradients = [None if p.grad is None else held(p.grad) for p in self.parameters]
         for parameter in self.parameters:
             parameter.grad = None

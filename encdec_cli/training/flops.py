@@ -28,52 +28,62 @@ _SAMPLES = (
     ([5], [5]),
     ([3, 3], [5, 5]),
     ([5, 5, 5], [3, 3, 3]),
+    ([3, 3], [7, 2]),
+    ([3, 3], [7, 5]),
+    ([7, 4], [5, 5]),
+    ([7, 2], [5, 5]),
+    ([5, 2], [5, 3]),
 )
-"""Source lengths and target lengths, EOS counted: enough to tell the terms of `features` apart, but for padding."""
-_PADDED = (([3, 3], [7, 2]), ([7, 4], [5, 5]), ([5, 5, 2], [3, 3, 3]))
-"""The same for a model that computes it."""
+"""Source lengths and target lengths, EOS counted: enough to tell apart the terms of `features`."""
 
 
-def features(source: Wholes, target: Wholes, real: int) -> Wholes:
-    """Return what the work of an encoder-decoder may grow with, [8].
+def features(source: Wholes, target: Wholes, starts: Sequence[int] | Wholes = (0,)) -> Wholes:
+    """Return what the work of an encoder-decoder may grow with, for each batch: [batches, 12].
+
+    Parts of it grow with padded rows, such as attention on a GPU, others with what is no padding, such as the output
+    layer.
 
     Args:
-        source: positions that are computed of the source of each example, [rows]; EOS counted, as below.
+        source: lengths of the examples of all batches, [examples]; EOS counted, as below.
         target: the same of the target.
-        real: target tokens that are not padding: those that reach the output layer.
+        starts: where each batch begins.
     """
-    lengths = (source, target, source * source, target * target, source * target)
-    return np.array([1, len(source), *(int(length.sum()) for length in lengths), real])
+    ends = [*starts[1:], len(source)]
+    rows = np.array(ends) - np.array(starts)
+    longest = [np.maximum.reduceat(side, starts) for side in (source, target)]
+    padded = [rows * term for term in _terms(*longest)]
+    real = [np.add.reduceat(term, starts) for term in _terms(source, target)]
+    return np.stack([rows // rows, rows, *padded, *real], 1)
 
 
-def computed(batch: Batch, packed: bool) -> tuple[Wholes, Wholes]:
-    """Return how many positions of the source and of the target of each example are computed, [rows] each.
+def _terms(source: Wholes, target: Wholes) -> tuple[Wholes, ...]:
+    return source, target, source * source, target * target, source * target
 
-    packed: whether padding is none of them.
-    """
-    source, target = batch.source_mask.sum(1).cpu().numpy(), batch.target_lengths.cpu().numpy()
-    return (source, target) if packed else (source * 0 + source.max(), target * 0 + target.max())
+
+def lengths(batch: Batch) -> tuple[Wholes, Wholes]:
+    """Return the tokens of source and target of each example, EOS counted, [rows] each."""
+    return batch.source_mask.sum(1).cpu().numpy(), batch.target_lengths.cpu().numpy()
+
+
+def positions(source: Wholes, target: Wholes, packed: bool) -> int:
+    """Return how many positions are computed of a batch with these lengths; packed: without padding."""
+    return int(source.sum() + target.sum()) if packed else len(source) * int(source.max() + target.max())
 
 
 @dataclass(frozen=True)
 class Formula:
     """FLOPs of one micro-batch, and bytes that its forward pass keeps; a factor for each of `features`."""
 
-    packed: bool
-    """Whether padding costs nothing."""
-
     flops: tuple[int, ...]
     saved: tuple[int, ...]
 
-    def flops_of(self, batch: Batch) -> int:
-        """Return the FLOPs of loss and gradient."""
-        return int(np.array(self.flops) @ features(*computed(batch, self.packed), int(batch.target_lengths.sum())))
+    def flops_of(self, source: Wholes, target: Wholes) -> int:
+        """Return the FLOPs of loss and gradient of a batch with these `lengths`."""
+        return int(features(source, target)[0] @ np.array(self.flops))
 
-    def heaviest(self, shapes: npt.NDArray[np.integer]) -> int:
-        """Return which of the batches of shapes [batches, 3] (rows, source, target) keeps the most bytes."""
-        rows, source, target = shapes.T
-        lengths = (source, target, source * source, target * target, source * target, target)
-        return int((np.array(self.saved) @ [rows // rows, rows, *(rows * length for length in lengths)]).argmax())
+    def heaviest(self, source: Wholes, target: Wholes, starts: Wholes) -> int:
+        """Return which of some batches, see `features`, keeps the most bytes."""
+        return int((features(source, target, starts) @ np.array(self.saved)).argmax())
 
 
 @contextmanager
@@ -100,8 +110,8 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
     """
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     rows, readings = [], []
-    for lengths in (_SAMPLES[0], *_SAMPLES, *(() if model.packs else _PADDED)):  # at first things are made that stay
-        source, target = ([min(one, model.max_positions or one) for one in side] for side in lengths)
+    for sample in (_SAMPLES[0], *_SAMPLES):  # the first time a model may make things that it keeps
+        source, target = ([min(one, model.max_positions or one) for one in side] for side in sample)
         ids = [
             [list(islice(cycle(range(4, vocabulary)), length - 1)) for length in side]
             for vocabulary, side in zip(vocabularies, (source, target), strict=True)
@@ -109,9 +119,9 @@ def find(model: Model, objective: Objective, vocabularies: Sequence[int], device
         with _every_layer_kept(model):
             batch = collate(ids[0], ids[1], range(len(source))).to(device)
             readings.append(Gradients(model, learning, objective, 1).read(_with_all(batch, candidates)))
-        rows.append(features(*computed(batch, model.packs), sum(target)))
+        rows.append(features(*lengths(batch))[0])
     flops, saved = zip(*((each.flops, each.saved) for each in readings[1:]), strict=True)
-    return Formula(model.packs, _solve(rows[1:], flops), _solve(rows[1:], saved))
+    return Formula(_solve(rows[1:], flops), _solve(rows[1:], saved))
 
 
 def _with_all(batch: Batch, candidates: int) -> Batch:

@@ -121,7 +121,7 @@ class Gradients:
             self.say(f"out of memory for {rows} examples ({shapes_of(batch)}): computed in halves; lower train.tokens")
         parts = batch.take(0, rows // 2), batch.take(rows // 2, rows)
         jobs = [(part, weight, (seed * 1_000_003 + 1 + number) % (1 << 63)) for number, part in enumerate(parts)]
-        return added(*(self._tried(job) or self._in_halves(*job) for job in jobs))
+        return _sum(*(self._tried(job) or self._in_halves(*job) for job in jobs))
 
     def _one(self, batch: Batch, weight: float, seed: int) -> Gradient:
         with drawing(seed):
@@ -158,7 +158,6 @@ def shapes_of(batch: Batch) -> str:
     return f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
 
 
-def added(a: Gradient, b: Gradient) -> Gradient:
-    """Return the sums of two losses and of their gradients."""
+def _sum(a: Gradient, b: Gradient) -> Gradient:
     pairs = zip(a[1], b[1], strict=True)
     return a[0] + b[0], tuple(y if x is None else x if y is None else x + y for x, y in pairs)

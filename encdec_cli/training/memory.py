@@ -21,7 +21,7 @@ from encdec_cli.data.batch import Batch
 from encdec_cli.models.model import Model
 from encdec_cli.models.parts import held
 from encdec_cli.training.distributed import shared_cores
-from encdec_cli.training.flops import computed
+from encdec_cli.training.flops import lengths, positions
 from encdec_cli.training.layout import Computing
 from encdec_cli.training.loss import chunk_of
 from encdec_cli.training.optimizer import Optimizer
@@ -125,7 +125,7 @@ class Forecast:
         )
 
     def _positions(self, batch: Batch) -> int:
-        return sum(int(side.sum()) for side in computed(batch, self.gradients.model.packs))
+        return positions(*lengths(batch), self.gradients.model.packs)
 
     def _whole(self) -> int:
         """Return the bytes of the weights in fp32, in the process that has a whole copy of a model in shares."""

@@ -11,6 +11,7 @@ import torch
 
 from encdec_cli import __version__, kernels
 from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.bundle import identity
 from encdec_cli.errors import UsageError
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, resolved
 from encdec_cli.training.machine import processor
@@ -23,7 +24,8 @@ def facts(recipe: Recipe, data_hash: str, precision: str, device: str, processes
     """Return what a checkpoint tells of its run: all that decides the bytes of the weights."""
     plugins = {plugin.path.name: plugin.sha256[:12] for plugin in recipe.loaded}
     versions = {"encdec": __version__, "torch": str(torch.__version__), "safetensors": safetensors.__version__}
-    return {
+    known = {"teacher": identity(recipe.teacher.model)[:16]} if recipe.teacher.model else {}
+    return known | {
         "recipe": resolved(recipe),
         "data_hash": data_hash,
         "precision": precision,
@@ -82,7 +84,7 @@ def _is_data(key: str) -> bool:
 def _comparable(facts_: dict[str, Any]) -> dict[str, Any]:
     flat = {"recipe.parallel.tensor": 1} | _flat(facts_["recipe"])
     flat |= {"data_hash": facts_["data_hash"], "precision": facts_["precision"], "threads": facts_["threads"]}
-    flat["teacher"] = facts_.get("teacher")
+    flat |= {"teacher": facts_.get("teacher"), "packed": facts_.get("packed", False)}
     flat |= {"compiled": facts_.get("compiled", False), "kernels": facts_.get("kernels", False)}
     flat |= {"processes": facts_.get("processes", 1), "device": facts_.get("device")}
     return flat | {f"version of {name}": v for name, v in facts_["versions"].items()}

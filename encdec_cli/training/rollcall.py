@@ -98,8 +98,8 @@ class RollCall:
     def step(self) -> None:
         """Note that this process has come to the next place of several inside `waiting`, and waits anew."""
         if self._since is not None:
+            self._since = time.monotonic()  # first: else the new step would be taken for one waited for as long
             self._step += 1
-            self._since = time.monotonic()
 
     @contextmanager
     def waiting(

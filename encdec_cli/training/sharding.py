@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -101,9 +100,9 @@ def _whole(weight: Tensor, rows: Tensor | None) -> Tensor:
     return weight.full_tensor()
 
 
-def _step_backward(ranks: Ranks, _unit: nn.Module, _given: object, found: object) -> None:
-    if isinstance(found, Tensor) and found.requires_grad:
-        found.register_hook(ranks.step)  # type: ignore[no-untyped-call]
+def _step_at_gradient(ranks: Ranks, tensor: object) -> None:
+    if isinstance(tensor, Tensor) and tensor.requires_grad:
+        tensor.register_hook(ranks.step)  # type: ignore[no-untyped-call]
 
 
 def _nothing() -> None:
@@ -138,8 +137,10 @@ def share_out(root: Root, ranks: Ranks, precision: Precision) -> None:
         buffer.data = buffer.to(precision.dtype) if buffer.is_floating_point() else buffer
     for unit in (*root.model.units(), root):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-        unit.register_forward_pre_hook(ranks.step, prepend=True)  # before it is gathered
-        unit.register_forward_hook(partial(_step_backward, ranks))
+        # A step before it is gathered, forwards and backwards, and one before its gradients are summed.
+        unit.register_forward_pre_hook(ranks.step, prepend=True)
+        unit.register_forward_hook(lambda _unit, _given, found: _step_at_gradient(ranks, found), prepend=True)
+        unit.register_forward_pre_hook(lambda _unit, given: _step_at_gradient(ranks, given[0]))
     for module in root.modules():
         if isinstance(module, FSDPModule):  # sums, not means: the loss is already that of the whole update
             module.set_gradient_divide_factor(1.0)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encdec_cli import atomic
 from encdec_cli.bundle import checkpoint
-from encdec_cli.bundle.bundle import Bundle, build_model, identity
+from encdec_cli.bundle.bundle import Bundle, build_model
 from encdec_cli.bundle.checkpoint import Checkpoint, Progress
 from encdec_cli.bundle.run import FACTS, recover
 from encdec_cli.data.bands import Ints
@@ -99,6 +99,8 @@ class Trainer:
         self._check_lengths()
         chosen = precision.choose(self.train.precision, setting.device)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
+        compiled = compiles(setting.recipe, model, setting.device)
+        model.packs = not compiled and model.can_pack(chosen.dtype, setting.device)
         self.objective = make_objective(self.bundle, self.store, setting.device, chosen.dtype)
         if self.layout.even:
             _ = self.formula  # which, as objective and inner matrices, shares of a model do not tell
@@ -108,15 +110,13 @@ class Trainer:
         self.optimizer = make_optimizer(model, self.train, inner, chosen.dtype)
         chosen.apply(whole)
         self.precision = chosen.name
-        compiled = compiles(setting.recipe, model, setting.device)
         # What is compiled takes its micro-batches in turn: it draws from torch's own seed.
         most = 1 if compiled else len(self.ranks.share(range(self.train.accumulate)))
         self.gradients = self.layout.gradients(model, self.optimizer.parameters, self.objective, most)
         self.validation = Validation(setting.data, setting.recipe, setting.device)
         computing = self.precision, setting.device, self.ranks.world
-        self.facts = resume.facts(setting.recipe, setting.data.data_hash, *computing) | {"compiled": compiled}
-        if teacher := setting.recipe.teacher.model:
-            self.facts["teacher"] = identity(teacher)[:16]
+        how = {"compiled": compiled, "packed": model.packs}
+        self.facts = resume.facts(setting.recipe, setting.data.data_hash, *computing) | how
         self.checkpoints = setting.run / "checkpoints"
         self._unsaved = False
         path = setting.run / "log.jsonl"
@@ -178,7 +178,7 @@ class Trainer:
 
     def largest(self, sampler: Sampler) -> Ints:
         """Return the examples of the micro-batch that keeps the most in memory."""
-        return sampler.cut(self.formula.heaviest(sampler.shapes()))
+        return sampler.cut(self.formula.heaviest(*sampler.lengths()))
 
     def compile(self) -> None:
         """Compile, if the run is to; from the same examples whenever it goes on, since its bits follow from those."""
@@ -260,9 +260,9 @@ class Trainer:
         """Return target tokens, FLOPs, positions and real tokens of an update, of all processes; EOS is a token."""
         counts = torch.zeros(4, dtype=torch.float64)
         for batch in batches:
-            read, tokens = int(batch.source_mask.sum()), int(batch.target_lengths.sum())
-            positions = sum(int(side.sum()) for side in flops.computed(batch, self.model.packs))
-            new = [tokens, self.formula.flops_of(batch), positions, read + tokens]
+            source, target = flops.lengths(batch)
+            positions = [flops.positions(source, target, packed) for packed in (self.model.packs, True)]
+            new = [int(target.sum()), self.formula.flops_of(source, target), *positions]
             counts += torch.tensor(new, dtype=torch.float64)
         self.ranks.sum(what, [counts], self.ranks.peers)
         return [int(count) for count in counts.tolist()]

@@ -119,7 +119,7 @@ def measure(variants: Sequence[Variant], batches: Sequence[Batch], repetitions: 
 def total_flops(size: str, vocab: int, batches: Sequence[Batch]) -> int:
     """Return the FLOPs of loss and gradient of all batches."""
     formula = flops.find(our_model(vocab, size).to(DEVICE), CrossEntropy(SMOOTHING), (vocab, vocab), str(DEVICE))
-    return sum(formula.flops_of(batch) for batch in batches)
+    return sum(formula.flops_of(*flops.lengths(batch)) for batch in batches)
 
 
 def main() -> None:

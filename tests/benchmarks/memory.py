@@ -60,6 +60,7 @@ def measure(number: int) -> dict[str, int]:
         return collate([ids[0][i] for i in wanted], [ids[1][i] for i in wanted], wanted.tolist())
 
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
+    model.packs = model.can_pack(dtype, "cpu")
     optimizer = make_optimizer(model, Train(), (), dtype)
     model.to(dtype)
     gradients = Gradients(model, optimizer.parameters, CrossEntropy(0.1), accumulate)

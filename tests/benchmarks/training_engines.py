@@ -89,7 +89,10 @@ def encdec(pairs: Pairs, options: argparse.Namespace) -> Epoch:
 def our_update(model: Transformer, precision: str, most: int) -> tuple[Optimizer, Callable[[list[Batch]], None]]:
     """Return the optimizer of a model, and what `encdec train` does of an update of at most so many micro-batches."""
     optimizer = Optimizer([(Adam(decoupled=False, betas=BETAS), model.named_parameters())])
-    choose(precision, optimizer.parameters[0].device).apply(model)
+    device = optimizer.parameters[0].device
+    chosen = choose(precision, device)
+    model.packs = model.can_pack(chosen.dtype, device.type)
+    chosen.apply(model)
     gradients = Gradients(model, optimizer.parameters, CrossEntropy(SMOOTHING), most)
 
     def update(parts: list[Batch]) -> None:
