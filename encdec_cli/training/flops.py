@@ -62,7 +62,9 @@ def _terms(source: Wholes, target: Wholes) -> tuple[Wholes, ...]:
 
 def lengths(batch: Batch) -> tuple[Wholes, Wholes]:
     """Return the tokens of source and target of each example, EOS counted, [rows] each."""
-    return batch.source_mask.sum(1).cpu().numpy(), batch.target_lengths.cpu().numpy()
+    # Together: on a GPU each question waits for what is computed.
+    source, target = torch.stack((batch.source_mask.sum(1), batch.target_lengths)).cpu().numpy()
+    return source, target
 
 
 def positions(source: Wholes, target: Wholes, packed: bool) -> int:
