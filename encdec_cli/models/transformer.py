@@ -160,20 +160,12 @@ class Transformer(Model):
         """
         if not self.packs:
             return super().forward(source, mask, target)
-        trains = torch.is_grad_enabled()
         packing = Packing(Rows(target.ne(_PAD)), Rows(mask))
-        among_sources = Packing(packing.keys, packing.keys)
         x = self.dropout(packing.keys.pack(self._embed_source(source)))
-        for layer in self.encoder:
-            x = layer(x, among_sources, self.rotary, self._encoding if trains else None)
-        state = self._state(self.encoder_norm(x), 1)
+        state = self._state(self._read(x, Packing(packing.keys, packing.keys)), 1)
         state.packing = packing
         x = self._embed(target, self.target_embedding, self.target_positions, 0)
-        x = self.dropout(packing.queries.pack(x))
-        state.ancestry.extend(x.shape[1], x)
-        for number, layer in enumerate(self.decoder):
-            x = layer(x, state, number, self.rotary, through=self._decoding if trains else None)
-        return packing.queries.unpack(self.decoder_norm(x))
+        return packing.queries.unpack(self._written(self.dropout(packing.queries.pack(x)), state))
 
     def _embed_source(self, source: Tensor) -> Tensor:
         embedding = self.target_embedding if self.source_embedding is None else self.source_embedding
@@ -182,10 +174,14 @@ class Transformer(Model):
     def encode(self, source: Tensor, mask: Tensor) -> Memory:
         """Read source [sentences, src_len]; raise ValueError if it is longer than learned positions reach."""
         x = self.dropout(self._embed_source(source))
-        bias = mask_bias(mask, x.dtype, self.compiled)
+        return Memory(self._read(x, mask_bias(mask, x.dtype, self.compiled)), mask)
+
+    def _read(self, x: Tensor, mask: Tensor | Packing | None) -> Tensor:
+        """Return what the encoder makes of embedded sources."""
         for layer in self.encoder:
-            x = layer(x, bias, self.rotary, self._encoding if torch.is_grad_enabled() else None)
-        return Memory(self.encoder_norm(x), mask)
+            x = layer(x, mask, self.rotary, self._encoding if torch.is_grad_enabled() else None)
+        states: Tensor = self.encoder_norm(x)
+        return states
 
     def _encoding(self, layer: EncoderLayer, x: Tensor, bias: Tensor | Packing | None, rotary: Rotary | None) -> Tensor:
         """Compute an encoder's layer as this model trains."""
@@ -226,9 +222,13 @@ class Transformer(Model):
 
     def decode(self, tokens: Tensor, state: TransformerState) -> Tensor:  # type: ignore[override]
         """Read tokens [rows, new] after the state's; return [rows, new, dim]. Raises ValueError as `encode`."""
-        x = self.dropout(self._embed(tokens, self.target_embedding, self.target_positions, state.length))
-        mask = state.ancestry.extend(tokens.shape[1], x)
-        trains = torch.is_grad_enabled() and state.beam == 1 and state.length == tokens.shape[1]
+        x = self._embed(tokens, self.target_embedding, self.target_positions, state.length)
+        return self._written(self.dropout(x), state)
+
+    def _written(self, x: Tensor, state: TransformerState) -> Tensor:
+        """Return what the decoder makes of the next embedded tokens."""
+        mask = state.ancestry.extend(x.shape[1], x)
+        trains = torch.is_grad_enabled() and state.beam == 1 and state.length == x.shape[1]
         for number, layer in enumerate(self.decoder):
             x = layer(x, state, number, self.rotary, mask, through=self._decoding if trains else None)
         hidden: Tensor = self.decoder_norm(x)

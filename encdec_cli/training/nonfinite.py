@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from encdec_cli.data.batch import Batch
 from encdec_cli.recipe import Train
+from encdec_cli.training.gradients import shapes_of
 from encdec_cli.training.layout import Computing
 
 MOST = 10
@@ -40,8 +41,9 @@ def named(batches: Iterable[tuple[int, int, Batch]], every_line: bool) -> str:
     for epoch, position, batch in batches:
         rows = ", ".join(str(row + 1) for row in batch.rows[:_SHOWN])
         more = f" … ({len(batch.rows)} in all)" if len(batch.rows) > _SHOWN else ""
-        shapes = f"source {list(batch.source.shape)}, target {list(batch.known_target.shape)}"
-        parts.append(f"batch {position + 1} of epoch {epoch + 1} ({shapes}) with the training examples {rows}{more}")
+        parts.append(
+            f"batch {position + 1} of epoch {epoch + 1} ({shapes_of(batch)}) with the training examples {rows}{more}"
+        )
     counted = "as the corpus has them" if every_line else "of those that were kept when the data was prepared"
     return f"{'; '.join(parts)}, counted from 1 {counted}"
 
