@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,11 @@ def need_room(path: Path, size: int) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
     """Fill a temporary folder (plain files only) inside the `with` block; commit it as `path` at its end.
 
-    Every file is flushed, the manifest is written last, then one rename makes the folder visible. If the
+    Every file is flushed, the manifest is written last (of all but the `loose` files, which may differ from one
+    making of the folder to the next), then one rename makes the folder visible. If the
     block fails nothing is left behind and an older `path` is untouched. An older `path` of ours is replaced:
     it is moved aside first and deleted after, and `recover` brings it back if we die in between. A folder
     with other things in it is never replaced: ResourceError, before any work is done.
@@ -119,7 +120,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         with _own_errors(temporary, path):
             yield temporary
         with disk_errors(path):
-            _seal(temporary)
+            _seal(temporary, loose)
             _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -148,12 +149,13 @@ def _refuse_foreign(path: Path) -> None:
         )
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, loose: Collection[str]) -> None:
     entries = {}
     for file in sorted(folder.iterdir()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-        entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+        if file.name not in loose:
+            entries[file.name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_file(folder / MANIFEST, json_bytes({"files": entries}))
     sync_folder(folder)
 

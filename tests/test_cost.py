@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from encdec_cli import kernels
+from encdec_cli.atomic import MANIFEST
 from encdec_cli.bundle.checkpoint import Progress
+from encdec_cli.bundle.run import SPENT
 from encdec_cli.data.batch import Batch, collate
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
@@ -412,12 +414,14 @@ def test_costs_are_added_up_over_processes_and_repeated_work_is_told(tmp_path, c
     sentence = second.sentence(end)
     for words in ("60.0 minutes", "25.0% padding", "6 updates done again", "0.1 kWh", "3.60 to pay", "50 g CO2"):
         assert words in sentence
-    (tmp_path / account.SPENT).write_text("{")  # damaged: counted anew, never an error
-    assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
+    assert json.loads((tmp_path / SPENT).read_text())["price"] == 3.6
+    for damaged in ("{", "[]", '{"seconds": "many"}'):  # counted anew, never an error
+        (tmp_path / SPENT).write_text(damaged)
+        assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
 
 
 def test_energy_that_nobody_knows_is_estimated_from_the_time_of_busy_cores(tmp_path, clock):
-    (tmp_path / account.SPENT).write_text('{"seconds": 3600, "updates": 0, "joules": 0}')  # of before this was counted
+    (tmp_path / SPENT).write_text('{"seconds": 3600, "updates": 0, "joules": 0}')  # of before this was counted
     made = Account(tmp_path, Cost(carbon_intensity=500), CPU, torch.float32, Progress())
     made.energy = EnergyMeter(CPU, tmp_path)
     clock.busy += 7200
@@ -479,6 +483,11 @@ def test_the_log_tells_the_work_and_the_bundle_too(forks, recipe, tmp_path):
     spent = last["clock"]["spent"]
     assert spent["price"] == pytest.approx(360 * spent["hours"], rel=0.01, abs=1e-6)
     assert spent["kwh"] == pytest.approx(0.05 * spent["hours"], rel=0.01, abs=1e-6)
+    # The model tells what it had cost, in a file that its manifest leaves out: no repetition gives it again.
+    (judged,) = log_lines(run, "valid")
+    in_bundle = json.loads((run / "bundle" / SPENT).read_text())
+    assert {key: in_bundle[key] for key in spent} == judged["clock"]["spent"]
+    assert SPENT not in json.loads((run / "bundle" / MANIFEST).read_text())["files"]
 
 
 def test_what_a_kill_cost_is_told(forks, recipe, tmp_path):
@@ -491,7 +500,7 @@ def test_what_a_kill_cost_is_told(forks, recipe, tmp_path):
     assert killed.wait() == -signal.SIGKILL
     done = forks("train", recipe, *keys, "train.steps=20", "--output", run)
     assert done.wait() == 0, done.stderr
-    again = json.loads((run / account.SPENT).read_text())["updates"] - 20
+    again = json.loads((run / SPENT).read_text())["updates"] - 20
     assert again >= 6
     assert f"{again} updates done again after a kill" in done.stderr
 

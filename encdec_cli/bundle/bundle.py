@@ -12,6 +12,7 @@ from torch import Tensor
 
 from encdec_cli import __version__, atomic
 from encdec_cli.bundle import tensors
+from encdec_cli.bundle.run import SPENT
 from encdec_cli.errors import BundleError, EncdecError, UsageError
 from encdec_cli.models.model import Model
 from encdec_cli.recipe import Recipe, from_resolved, resolved
@@ -44,6 +45,8 @@ class Bundle:
     """How the model came about: update, scores, averaged checkpoints, usual ratios of target to source length."""
     plugins: Sequence[Plugin] = ()
     """The plugin files that the model was made with; of a loaded bundle, their names without folders."""
+    spent: dict[str, float] = field(default_factory=dict)
+    """Time, energy and money of the run so far; of a loaded bundle nothing."""
 
     @property
     def task(self) -> Task:
@@ -120,12 +123,14 @@ class Bundle:
             "facts": self.facts,
             "plugins": [{"name": name, "sha256": sha256} for name, sha256 in made_with],
         }
-        with atomic.new_folder(folder) as temporary:
+        with atomic.new_folder(folder, [SPENT]) as temporary:
             tensors.container(weights).write(temporary / _WEIGHTS)
             (temporary / _SOURCE).write_bytes(self.source.to_bytes())
             if not shared:
                 (temporary / _TARGET).write_bytes(self.target.to_bytes())
             (temporary / _DESCRIPTION).write_bytes(atomic.json_bytes(description))
+            if self.spent:
+                (temporary / SPENT).write_bytes(atomic.json_bytes(self.spent))
 
 
 def find_bundle(path: Path) -> Path:

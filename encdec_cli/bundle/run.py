@@ -28,6 +28,8 @@ from encdec_cli.errors import ResourceError, UsageError
 
 RUNS = Path("runs")
 FACTS = "run.json"
+SPENT = "spent.json"
+"""What a run has cost; in each of its models, what it had cost by then. No repetition gives it again."""
 
 
 def data_folder(run: Path) -> Path:

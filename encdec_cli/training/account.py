@@ -1,8 +1,8 @@
 """What a run has cost: FLOPs and padding, which every repetition repeats, and time, energy and money, which none does.
 
-The first stand in `Progress`, in the log and in bundles. The others stand in the log's clock and in `spent.json`, and
-are added up over all processes that worked at the run: what a killed one did after its last checkpoint is paid for
-too, and told as repeated.
+The first stand in `Progress`, in the log and in what bundles tell of themselves. The others stand in the log's clock and
+in `spent.json`, the run's and each model's, and are added up over all processes that worked at the run: what a killed
+one did after its last checkpoint is paid for too, and told as repeated.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from encdec_cli import atomic
 from encdec_cli.bundle.checkpoint import Progress
+from encdec_cli.bundle.run import SPENT
 from encdec_cli.errors import BundleError
 from encdec_cli.recipe import Cost
 from encdec_cli.training.ceiling import matrix_ceiling
 from encdec_cli.training.energy import EnergyMeter
 
-SPENT = "spent.json"
 _PATIENCE = 5.0
 """Seconds of training before the ceiling is measured: a short run does not wait for it."""
 _CORE_WATTS = 12.0
@@ -82,7 +82,8 @@ class Account:
             found = atomic.read_json(self.path)
         except BundleError:
             found = None
-        return _NOTHING | found if isinstance(found, dict) and found.keys() <= _NOTHING.keys() else dict(_NOTHING)
+        told = found if isinstance(found, dict) else {}
+        return _NOTHING | {name: told[name] for name in _NOTHING if isinstance(told.get(name), int | float)}
 
     def clock(self, progress: Progress) -> dict[str, Any]:
         """Note what was spent since the last call; return all that the log tells of time and money."""
@@ -97,7 +98,7 @@ class Account:
             self._cpu_seconds = cpu_seconds
         self.spent["joules"] += self.energy.joules() or 0.0
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
-        atomic.write_file(self.path, atomic.json_bytes(self.spent))
+        atomic.write_file(self.path, atomic.json_bytes(self.told()))
         if not self.ceiling and now - self._begin > _PATIENCE:
             self.ceiling = self.processes * matrix_ceiling(self.dtype, self.device)
             self._last, self._cpu_seconds = time.perf_counter(), time.process_time()
@@ -107,6 +108,10 @@ class Account:
             "mfu": round(flops / seconds / self.ceiling, 4) if tokens and self.ceiling else None,
             "spent": self.total(),
         }
+
+    def told(self) -> dict[str, float]:
+        """Return what `spent.json` holds: what was counted, and what follows from it."""
+        return self.spent | self.total()
 
     def total(self) -> dict[str, float]:
         """Return what the run has cost up to the last call of `clock`; what is not known is left out."""

@@ -160,7 +160,7 @@ class Keeper:
         verdict = "best" if better else "not better, left out"
         self.say(f"average of {len(progress.kept)} checkpoints: {_listed(scores)} ({verdict})")
         if better:
-            candidate.facts = self._facts(progress, scores, progress.kept)
+            candidate.facts, candidate.spent = self._facts(progress, scores, progress.kept), bundle.spent
             progress.best, progress.model = score, f"average_{progress.step:08d}"
             candidate.save_weights(self.folder / progress.model, candidate.model.state_dict())
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from encdec_cli import atomic
-from encdec_cli.bundle.run import FACTS, data_folder
+from encdec_cli.bundle.run import FACTS, SPENT, data_folder
 from encdec_cli.errors import CheckError
 from encdec_cli.training.log import CLOCK
 
@@ -184,8 +184,9 @@ def compare(unbroken: Path, run: Path) -> Iterator[str]:
 
 
 def _sums(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below a folder; the manifests are compared as all other files are."""
-    return {str(path.relative_to(folder)): atomic.sha256(path) for path in folder.rglob("*") if path.is_file()}
+    """Return the SHA-256 of every file below a folder, manifests too, but for what the run has cost."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != SPENT]
+    return {str(path.relative_to(folder)): atomic.sha256(path) for path in files}
 
 
 def _log(run: Path) -> list[dict[str, Any]]:

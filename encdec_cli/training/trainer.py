@@ -345,6 +345,7 @@ class Trainer:
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
         self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
+        self.bundle.spent = self.account.told()
         self.progress.log_lines += 1
 
     def _save(self) -> None:
