@@ -194,6 +194,15 @@ def remove_folder(path: Path) -> None:
             shutil.rmtree(doomed, ignore_errors=True)
 
 
+def set_aside(path: Path, other: Path) -> None:
+    """Give a folder of ours another name; what had that name is deleted."""
+    with disk_errors(path):
+        shutil.rmtree(other, ignore_errors=True)
+        other.unlink(missing_ok=True)
+        path.rename(other)
+        sync_folder(path.parent)
+
+
 def recover(path: Path) -> None:
     """Undo what a killed `new_folder(path)` or `write_file(path)` left.
 

@@ -83,7 +83,7 @@ class Train:
     """After a loss or gradient that is not finite: stop, skip the update, or also roll back to the last checkpoint."""
     save_every: Positive = 500
     """Updates between two checkpoints."""
-    keep: Positive = 1
+    keep: Positive = 2
     """Checkpoints kept for resuming, the newest ones."""
     validate_every: Count = 500
     """Updates between two validations; 0 never validates."""

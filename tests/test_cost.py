@@ -431,6 +431,28 @@ def test_energy_that_nobody_knows_is_estimated_from_the_time_of_busy_cores(tmp_p
     assert "about 0.024 kWh, 12 g CO2" in made.sentence(Progress())
 
 
+def test_every_process_has_a_gpu_of_its_own_and_shares_its_machine(tmp_path, clock):
+    told = []
+    for device in ("cpu", "cuda"):
+        run = tmp_path / device
+        made = Account(run, Cost(), CPU, torch.float32, Progress(), processes=8)
+        made.device = torch.device(device)
+        readings = iter([3.6e6])
+        made.energy.joules = partial(next, readings)
+        clock.now += 3600
+        told.append(made.clock(Progress())["spent"]["kwh_measured"])
+    assert told == [1, 8]
+
+
+def test_the_share_of_the_ceiling_is_of_the_time_that_is_known(tmp_path, clock):
+    begun = Progress(step=100, flops=10**15)  # of a run whose `spent.json` is lost
+    made = Account(tmp_path, Cost(), CPU, torch.float32, begun)
+    clock.now += 1000
+    end = Progress(step=110, flops=10**15 + 10**11)
+    made.clock(end)
+    assert "(10% of the machine's ceiling)" in made.sentence(end)
+
+
 def test_measured_energy_where_the_machine_tells_it(tmp_path, clock):
     for package, joules in (("intel-rapl:0", 5), ("intel-rapl:1", 7), ("intel-rapl:0:0", 1)):
         (tmp_path / package).mkdir()

@@ -5,6 +5,9 @@ and what was good is still good. Each test ends by showing that the same command
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from encdec_cli import atomic
 from encdec_cli.atomic import MANIFEST, verify
+from encdec_cli.bundle import checkpoint
+from encdec_cli.bundle.run import locked
 from encdec_cli.errors import ResourceError
 from tests.conftest import copy_task, environment, start, write_lines
 from tests.forked import TIMEOUT, Command
@@ -503,15 +509,53 @@ def test_a_damaged_newest_checkpoint_does_not_outlive_a_good_one(forks, finished
     run = tmp_path / "run"
     assert forks("train", recipe, *SHORT, "train.keep=2", "--output", run).wait() == 0
     flip(run / "checkpoints" / "step_00000010" / "state.safetensors")
-    done = forks("train", recipe, *SHORT, "train.steps=7", "--output", run)
+    done = forks("train", recipe, *SHORT, "train.steps=7", "train.keep=1", "--output", run)
     assert done.wait() == 0, done.stderr
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000007"]
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_00000007", "step_00000010.damaged"]
     verify(run / "checkpoints" / "step_00000007")
+    assert forks("train", recipe, *SHORT, "train.keep=1", "--output", run).wait() == 0
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"]
+
+
+def test_what_cannot_be_read_for_once_is_not_deleted(copied, monkeypatch):
+    _, run = copied
+    folder, said = run / "checkpoints", []
+    older, newest = checkpoint.steps(folder)
+    sha256 = atomic.sha256
+
+    def broken(path):
+        if path.parent.name == checkpoint.step_name(newest):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256(path)
+
+    monkeypatch.setattr(atomic, "sha256", broken)
+    assert checkpoint.newest(folder, said.append) == older
+    assert "Input/output error" in said[0]
+    monkeypatch.undo()
+    aside = folder / f"{checkpoint.step_name(newest)}.damaged"
+    assert aside.name in said[0]
+    checkpoint.drop(folder, 1)  # the run has not passed it
+    aside.rename(folder / checkpoint.step_name(newest))
+    assert checkpoint.newest(folder, said.append) == newest
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with (
+        pytest.raises(ResourceError, match=r"run: this file system gives no locks .*choose another --output"),
+        locked(tmp_path / "run"),
+    ):
+        pass
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(forks, copied):
     recipe, run = copied
-    (run / "checkpoints" / "step_00000010" / MANIFEST).unlink()
+    for path in (run / "checkpoints").iterdir():
+        (path / MANIFEST).unlink()
     refused(forks("train", recipe, *SHORT, "--output", run), 5, "no checkpoint is whole", MANIFEST)
     assert (run / "checkpoints" / "step_00000010" / "state.safetensors").exists()
     verify(run / "bundle")
@@ -571,6 +615,6 @@ def check_whole(run: Path, number: int) -> None:
     if (run / "bundle").is_symlink():
         assert (run / "bundle").exists(), f"a dangling link after a death at {number}"
         verify(run / "bundle")
-    for checkpoint in run.glob("checkpoints/step_*"):
-        if ".tmp-" not in checkpoint.name:
-            verify(checkpoint)
+    for path in run.glob("checkpoints/step_*"):
+        if ".tmp-" not in path.name:
+            verify(path)

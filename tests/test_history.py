@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from encdec_cli import atomic
 from encdec_cli.cli.chart import chart
+from encdec_cli.cli.watch import watch
 from encdec_cli.errors import BundleError
 from encdec_cli.training.history import read
 from tests.conftest import encdec
@@ -136,6 +138,29 @@ def test_neither_needs_torch(tmp_path):
         "assert not {'torch', 'numpy', 'rich'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("holder", "saved", "looks"),
+    [
+        ("process 1 on another-machine since yesterday", {"step": 20}, 3),
+        ("process 1 on another-machine since yesterday", {"step": 100, "finished": True}, 1),
+        ("", {"step": 20}, 1),
+    ],
+)
+def test_watch_looks_again_while_a_run_may_go_on(tmp_path, monkeypatch, capsys, holder, saved, looks):
+    waited = iter([None, None, KeyboardInterrupt()])
+
+    def sleep(_):
+        if (ending := next(waited)) is not None:
+            raise ending
+
+    run = made(tmp_path / "run", LINES, saved, holder)
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with suppress(KeyboardInterrupt):
+        watch(run, once=False)
+    assert capsys.readouterr().out.count("\x1b[2J") == looks
 
 
 def test_watch_tells_what_a_run_costs_as_far_as_it_is_known(tmp_path):

@@ -19,6 +19,7 @@ from encdec_cli.models.parts import Piece
 FORMAT = 1
 _STATE, _PROGRESS = "state.safetensors", "progress.json"
 _NAME = re.compile(r"step_(\d+)")
+_DAMAGED = ".damaged"
 
 
 @dataclass
@@ -103,11 +104,16 @@ def write_part(
 def drop(folder: Path, keep: int, anchor: int | None = None) -> None:
     """Delete all but the `keep` newest checkpoints, and the one of update `anchor`.
 
-    After a save, and when a run goes on that died before this.
+    Of damaged ones that were set aside those that the run has passed. After a save, and when a run goes on that died
+    before this.
     """
-    for old in steps(folder)[:-keep]:
+    found = steps(folder)
+    for old in found[:-keep]:
         if old != anchor:
             atomic.remove_folder(folder / step_name(old))
+    for aside in folder.glob(f"step_*{_DAMAGED}"):
+        if found and aside.name <= step_name(found[-1]) + _DAMAGED:
+            atomic.remove_folder(aside)
 
 
 def steps(folder: Path) -> list[int]:
@@ -148,8 +154,9 @@ def recover(folder: Path) -> None:
 def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
     """Return the update of the newest checkpoint that is whole, or None if there was never one.
 
-    Damaged ones that are newer are deleted, so that no later clean-up takes them for the newest; `warn` is given
-    a sentence for each. Call it under the lock of the run.
+    Damaged ones that are newer get another name, so that no later clean-up takes them for the newest, and are deleted
+    when the run has passed them: what cannot be read now may be whole tomorrow. `warn` is given a sentence for each.
+    Call it under the lock of the run.
 
     Raises:
         BundleError: if there are checkpoints and none of them is whole.
@@ -162,11 +169,11 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
             atomic.verify(path)
         except BundleError as error:
             reasons.append(str(error))
-            warn(f"checkpoint {path.name} is passed over: {error}")
+            warn(f"checkpoint {path.name} is passed over, and kept as {path.name}{_DAMAGED} for now: {error}")
             continue
         _progress(path)
         for damaged in found[len(found) - len(reasons) :]:
-            atomic.remove_folder(folder / step_name(damaged))
+            atomic.set_aside(folder / step_name(damaged), folder / f"{step_name(damaged)}{_DAMAGED}")
         return step
     if found:
         raise BundleError(

@@ -71,6 +71,10 @@ def _hold(run: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise _in_use(run, os.read(descriptor, 1000).decode(errors="replace").strip()) from None
+        except OSError as error:
+            raise ResourceError(
+                f"{run}: this file system gives no locks ({error.strerror or error}); choose another --output."
+            ) from error
         # Whoever failed in between has deleted the file that is held here: the next one would make its own.
         if os.fstat(descriptor).st_nlink == 0:
             raise _in_use(run, "")

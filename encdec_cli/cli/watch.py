@@ -37,7 +37,7 @@ def watch(
         text = "\n".join(_page(history, time.time(), min(100, shutil.get_terminal_size().columns)))
         text = text.encode(sys.stdout.encoding, "replace").decode(sys.stdout.encoding)
         print(f"\x1b[H\x1b[2J{text}" if live else text, flush=True)
-        if not live or history.state != "running":
+        if not live or history.state not in ("running", "elsewhere"):
             return
         time.sleep(_EVERY)
 

@@ -1,8 +1,8 @@
 """What a run has cost: FLOPs and padding, which every repetition repeats, and time, energy and money, which none does.
 
-The first stand in `Progress`, in the log and in what bundles tell of themselves. The others stand in the log's clock and
-in `spent.json`, the run's and each model's, and are added up over all processes that worked at the run: what a killed
-one did after its last checkpoint is paid for too, and told as repeated.
+The first stand in `Progress`, in the log and in what bundles tell of themselves. The others stand in the log's clock
+and in `spent.json`, the run's and each model's, and are added up over all processes that worked at the run: what a
+killed one did after its last checkpoint is paid for too, and told as repeated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CORE_WATTS = 12.0
 
 Lannelongue, Grealey, Inouye 2021, https://doi.org/10.1002/advs.202100707; its table has 4 to 24 watts.
 """
-_NOTHING = {"seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "joules": 0.0}
+_NOTHING = {"seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "flops": 0, "joules": 0.0}
 
 
 def work(progress: Progress) -> dict[str, Any]:
@@ -92,11 +92,13 @@ class Account:
         tokens, flops = progress.tokens - self._tokens, progress.flops - self._flops
         self.spent["seconds"] += seconds
         self.spent["updates"] += progress.step - self._updates
+        self.spent["flops"] += flops
         if self.device.type == "cpu":
             cpu_seconds = time.process_time()
             self.spent["cpu_seconds"] += self.processes * (cpu_seconds - self._cpu_seconds)
             self._cpu_seconds = cpu_seconds
-        self.spent["joules"] += self.energy.joules() or 0.0
+        # Each process has a GPU of its own; the counters of a processor are those of the whole machine.
+        self.spent["joules"] += (self.energy.joules() or 0.0) * (self.processes if self.device.type == "cuda" else 1)
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
         atomic.write_file(self.path, atomic.json_bytes(self.told()))
         if not self.ceiling and now - self._begin > _PATIENCE:
@@ -132,7 +134,7 @@ class Account:
         """Return what the run has cost as one line for people."""
         total, spent = self.total(), self.spent
         rate = (
-            f" ({progress.flops / spent['seconds'] / self.ceiling:.0%} of the machine's ceiling)"
+            f" ({spent['flops'] / spent['seconds'] / self.ceiling:.0%} of the machine's ceiling)"
             if self.ceiling
             else ""
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ _FIXED_TRAIN = ("tokens", "accumulate", "optimizer", "seed", "ema", "freeze")
 def facts(recipe: Recipe, data_hash: str, precision: str, device: str, processes: int = 1) -> dict[str, Any]:
     """Return what a checkpoint tells of its run: all that decides the bytes of the weights."""
     plugins = {plugin.path.name: plugin.sha256[:12] for plugin in recipe.loaded}
-    versions = {"encdec": __version__, "torch": str(torch.__version__), "safetensors": safetensors.__version__}
+    ours = f"{__version__} ({_code()})"
+    versions = {"encdec": ours, "torch": str(torch.__version__), "safetensors": safetensors.__version__}
     known = {"teacher": identity(recipe.teacher.model)[:16]} if recipe.teacher.model else {}
     return known | {
         "recipe": resolved(recipe),
@@ -35,6 +38,15 @@ def facts(recipe: Recipe, data_hash: str, precision: str, device: str, processes
         "device": processor(device),
         "versions": versions | plugins,
     }
+
+
+@cache
+def _code() -> str:
+    """Return digits that change with any source of this package, whose version says nothing between releases."""
+    package, digest = Path(__file__).parent.parent, hashlib.sha256()
+    for path in sorted(path for pattern in ("*.py", "*.c", "*.h") for path in package.rglob(pattern)):
+        digest.update(f"{path.relative_to(package)} {path.stat().st_size}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def check(old: dict[str, Any], new: dict[str, Any], run: Path, say: Callable[[str], None]) -> None:
