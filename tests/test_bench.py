@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from encdec_cli.cli.bench import _tables
 from encdec_cli.evaluation.tradeoff import Point, best_at_least, fastest_within, on_front
 from encdec_cli.training import ceiling
+from tests.conftest import copy_task
 from tests.test_resume import lines_of
+
+FRONT = [(100, 30.0, True), (200, 10.0, True), (90, 5.0, False)]
 
 
 def point(speed: float, score: float) -> Point:
@@ -52,13 +57,37 @@ def test_a_recipe_is_timed_and_its_run_left_as_it_was(forks, copy_run):
     keys += ("train.validate_every=100", "train.save_every=100", "model.positions=sinusoidal", "train.log_every=1")
     before = {path: path.stat().st_mtime_ns for path in copy_run.rglob("*") if path.name != "lock"}
     lines = lines_of(copy_run / "log.jsonl")
-    done = forks("bench", recipe, *keys, "--seconds", "0", "--output", copy_run)
+    few = ("--beams", "1,2", "--batches", "4", "--lines", "6")
+    done = forks("bench", recipe, *keys, *few, "--seconds", "0", "--output", copy_run)
     assert done.wait() == 0, done.stderr
-    rows = dict(line.split(maxsplit=1) for line in done.stdout.split("\n") if line)
+    machine, training, generation, *drawn = done.stdout.split("\n\n")
+    assert "fp32_gflops" in machine
+    assert "recommended: within 1 of the best" in generation
+    assert all("by lines/s, of the settings marked *" in chart for chart in drawn)
+    rows = dict(line.split(maxsplit=1) for line in training.split("\n") if line)
     assert float(rows["tokens_per_second"].replace(",", "")) > 0
     assert 0 < float(rows["mfu"]) < 1.5
     assert lines_of(copy_run / "log.jsonl") == lines
     assert {path: path.stat().st_mtime_ns for path in copy_run.rglob("*") if path.name != "lock"} == before
+
+
+def test_a_recipe_without_a_model_says_so(forks, tmp_path):
+    recipe = copy_task(tmp_path / "corpus")
+    done = forks("bench", recipe, "--seconds", "0", "--output", tmp_path / "run")
+    assert done.wait() == 0, done.stderr
+    assert f"{tmp_path / 'run'}: no model yet" in done.stderr
+    assert "lines/s" not in done.stdout
+
+
+def test_the_front_is_drawn():
+    settings = [asdict(point(speed, score)) | {"front": front} for speed, score, front in FRONT]
+    told = {"metric": "bleu", "settings": settings, "recommended": asdict(point(*FRONT[0][:2])), "why": "it is"}
+    table, drawn = _tables({"generation": told})
+    assert "recommended: it is" in table
+    assert drawn.split("\n")[0] == "bleu by lines/s, of the settings marked *"
+    assert "30 │" in drawn  # the best of the front
+    assert "10 │" in drawn  # and its fastest
+    assert drawn.endswith("└ 100 … 200")
 
 
 def test_the_ceiling_is_that_of_a_quiet_moment(monkeypatch):

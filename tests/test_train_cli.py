@@ -14,6 +14,7 @@ import threading
 import pytest
 
 from encdec_cli.atomic import verify
+from encdec_cli.cli import console, progress
 from tests.conftest import copy_task, encdec, write_lines
 from tests.test_resume import fingerprint
 
@@ -280,6 +281,38 @@ def test_progress_is_a_bar_on_a_terminal_and_plain_lines_in_a_file(forks, recipe
     assert {name: fingerprint(tmp_path / name)["files"] for name in seen} == {
         name: fingerprint(tmp_path / "file")["files"] for name in seen
     }
+
+
+@pytest.mark.parametrize(
+    ("columns", "shown"),
+    [
+        (80, "loss 2.000  1,000 tokens/s"),
+        (120, "loss 2.000  1,000 tokens/s  38% of ceiling  0.1% padding  12.00 to pay"),
+    ],
+)
+def test_a_terminal_shows_as_much_of_the_cost_as_it_has_room_for(monkeypatch, columns, shown):
+    notes = []
+
+    class Bar:
+        def update(self, _done, note=""):
+            notes.append(note)
+
+    monkeypatch.setattr(console, "interactive", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    now = iter([0.0, 1.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    cost = ["38% of ceiling", "0.1% padding", "12.00 to pay"]
+    progress.TrainingProgress(Bar(), 10, 0, lambda: cost).progress(1, 2.0, 1000, None)
+    assert notes == [shown]
+
+
+def test_where_there_is_no_terminal_every_line_tells_the_cost(monkeypatch, capsys):
+    now = iter([0.0, 31.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    shown = progress.TrainingProgress(console._Quiet(), 11, 0, lambda: ["38% of ceiling", "12.00 to pay"])
+    shown.progress(1, 2.0, 3100, 0.5)
+    told = "update 1 of 11  loss 2.000  100 tokens/s  best 0.5  5 min left  38% of ceiling  12.00 to pay"
+    assert told in capsys.readouterr().err
 
 
 def test_a_copied_run_is_a_run(forks, finished, tmp_path):

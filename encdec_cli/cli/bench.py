@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 def bench(
     recipe: Annotated[
-        Path | None, typer.Argument(metavar="RECIPE", help="Measure how fast this trains.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="RECIPE", help="Measure how fast this trains and decodes.", show_default=False),
     ] = None,
     overrides: OverridesArgument = None,
     output: RunOption = None,
     model: Annotated[
         Path | None, typer.Option("--model", "-m", metavar="PATH", help="Measure how fast this bundle or run decodes.")
     ] = None,
-    beams: Annotated[str, typer.Option("--beams", metavar="N,N,…", help="Beam widths to try with --model.")] = "1,2,5",
+    beams: Annotated[str, typer.Option("--beams", metavar="N,N,…", help="Beam widths to try.")] = "1,2,5",
     batches: Annotated[
         str, typer.Option("--batches", metavar="N,N,…", help="Sentences decoded together; 0 is the usual number.")
     ] = "8,0",
@@ -45,11 +46,12 @@ def bench(
     device: DeviceOption = "cpu",
     plugin: PluginOption = None,
 ) -> None:
-    """Measure this machine; with RECIPE how fast it trains, with --model what quality costs in speed.
+    """Measure this machine; with RECIPE how fast it trains and decodes, with --model what quality costs in speed.
 
-    RECIPE trains for some seconds on its data, which it prepares if need be; nothing of that is kept. --model decodes
-    lines of its test split by every combination of beam, precision, batch and workers, and recommends the fastest
-    setting whose score is at most --within points below the best, or with --at-least the best that is fast enough.
+    RECIPE trains for some seconds on its data, which it prepares if need be; nothing of that is kept. The model of its
+    run, if it has one, or --model decodes lines of its test split by every combination of beam, precision, batch and
+    workers, and the fastest setting is recommended whose score is at most --within points below the best, or with
+    --at-least the best that is fast enough.
     """
     from encdec_cli.training.machine import add_in_order, check_device, use_threads
 
@@ -60,6 +62,7 @@ def bench(
     found: dict[str, Any] = {"machine": _machine(device)}
     if recipe is not None:
         found["training"] = _training(recipe, overrides or [], output, device, plugin or [], seconds)
+        model = model or _trained(recipe, output)
     if model is not None:
         grid = (beam_widths, batch_sizes, lines)
         points, metric = _generation(model, device, plugin or [], grid)
@@ -136,6 +139,17 @@ def _training(
     }
 
 
+def _trained(recipe: Path, output: Path | None) -> Path | None:
+    from encdec_cli.bundle.run import default_run
+    from encdec_cli.cli import console
+
+    run = output or default_run(recipe)
+    if (run / "bundle").exists():
+        return run
+    console.say(f"{run}: no model yet; `encdec train` makes one, whose speed of generation can then be measured")
+    return None
+
+
 def _generation(
     model: Path, device: str, plugins: Sequence[Path], grid: tuple[list[int], list[int], int]
 ) -> tuple[list[Point], Metric]:
@@ -198,6 +212,7 @@ def _rated(points: Sequence[Point], metric: Metric, within: float, at_least: flo
 
 
 def _tables(found: dict[str, Any]) -> list[str]:
+    from encdec_cli.cli.chart import chart
     from encdec_cli.cli.console import table
 
     parts = [
@@ -215,4 +230,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
                 [*(str(one[key]) for key in rows[0][:4]), f"{one['lines_per_second']:.1f}", f"{one['score']:.2f}", note]
             )
         parts += [table(rows) + "\n* no other setting is as fast and as good, and one of both more so"]
+        front = sorted((one["lines_per_second"], one["score"]) for one in told["settings"] if one["front"])
+        if len(front) > 1:
+            parts.append("\n".join(chart(front, f"{told['metric']} by lines/s, of the settings marked *", height=6)))
     return parts

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+from collections.abc import Callable, Sequence
 
 from encdec_cli.cli import console
 
@@ -10,13 +12,16 @@ _LINE_EVERY = 30.0
 """Seconds between two lines where there is no terminal."""
 _MEMORY = 0.95
 """How much of the shown loss is the past's: the loss of one batch tells of the batch."""
+_BAR = 45
+"""Columns of a terminal for all that stands beside the note: `training`, the bar, updates, time left."""
 
 
 class TrainingProgress:
-    """Shows update, loss, tokens a second, time left and best score."""
+    """Shows update, loss, tokens a second, time left, best score, and of what the run costs as much as fits."""
 
-    def __init__(self, bar: console.Bar, steps: int, step: int) -> None:
+    def __init__(self, bar: console.Bar, steps: int, step: int, cost: Callable[[], Sequence[str]]) -> None:
         self._bar = bar
+        self._cost = cost
         self._steps = steps
         self._began_at = step
         self._began = self._last_line = time.monotonic()
@@ -31,11 +36,16 @@ class TrainingProgress:
         speed = self._tokens / max(now - self._began, 1e-9)
         best = "" if score is None else f"  best {score:.4g}"
         note = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s{best}"
-        self._bar.update(step, note)
-        if not console.interactive() and now - self._last_line >= _LINE_EVERY:
+        if console.interactive():
+            room = shutil.get_terminal_size().columns - _BAR
+            for words in self._cost():
+                note += f"  {words}" if len(note) + len(words) + 2 <= room else ""
+            self._bar.update(step, note)
+        elif now - self._last_line >= _LINE_EVERY:
             self._last_line = now
             left = (now - self._began) / (step - self._began_at) * (self._steps - step)
-            console.say(f"update {step} of {self._steps}  {note}  {_duration(left)} left")
+            words = "  ".join([note, f"{_duration(left)} left", *self._cost()])
+            console.say(f"update {step} of {self._steps}  {words}")
 
 
 def _duration(seconds: float) -> str:

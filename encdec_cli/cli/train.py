@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,7 +134,8 @@ def _run(trainer: Trainer, steps: int) -> None:
         trainer.run(lambda *_: None)
         return
     with console.progress("training", steps, step) as bar:
-        trainer.run(TrainingProgress(bar, steps, step).progress)
+        cost = partial(trainer.account.brief, trainer.progress)
+        trainer.run(TrainingProgress(bar, steps, step, cost).progress)
     if trainer.is_early:
         setting.say(_early(trainer))
     setting.say(trainer.account.sentence(trainer.progress))

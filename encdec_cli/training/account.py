@@ -132,21 +132,28 @@ class Account:
 
     def sentence(self, progress: Progress) -> str:
         """Return what the run has cost as one line for people."""
-        total, spent = self.total(), self.spent
-        rate = (
-            f" ({spent['flops'] / spent['seconds'] / self.ceiling:.0%} of the machine's ceiling)"
-            if self.ceiling
-            else ""
-        )
+        rate = f" ({self._rate():.0%} of the machine's ceiling)" if self.ceiling else ""
         words = [
-            f"{spent['seconds'] / 60:.1f} minutes",
+            f"{self.spent['seconds'] / 60:.1f} minutes",
             f"{progress.flops / 1e12:,.3g} TFLOP{rate}",
             f"{_padding(progress):.1%} padding",
         ]
-        repeated = spent["updates"] - progress.step
+        repeated = self.spent["updates"] - progress.step
         words += [f"{repeated} updates done again after a kill"] if repeated > 0 else []
-        words += [f"{total['kwh']:.3g} kWh"] if "kwh" in total else []
+        return "spent: " + ", ".join(words + self._paid())
+
+    def brief(self, progress: Progress) -> list[str]:
+        """Return the same in a few words each, the most telling first."""
+        rate = [f"{self._rate():.0%} of ceiling"] if self.ceiling else []
+        return [*rate, f"{_padding(progress):.1%} padding", *self._paid()]
+
+    def _rate(self) -> float:
+        """Return how much of the ceiling has been reached in all the time that is known."""
+        return float(self.spent["flops"] / self.spent["seconds"] / self.ceiling)
+
+    def _paid(self) -> list[str]:
+        total = self.total()
+        words = [f"{total['kwh']:.3g} kWh"] if "kwh" in total else []
         words += [f"about {total['kwh_estimated']:.3g} kWh"] if "kwh_estimated" in total else []
         words += [f"{total['price']:.2f} to pay"] if "price" in total else []
-        words += [f"{total['co2_grams']:.3g} g CO2"] if "co2_grams" in total else []
-        return "spent: " + ", ".join(words)
+        return words + ([f"{total['co2_grams']:.3g} g CO2"] if "co2_grams" in total else [])
