@@ -115,6 +115,7 @@ def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
         _refuse_foreign(path)
         # Process ids repeat (in containers at every start): what a killed one of our number left is ours.
         shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(path)
         temporary.mkdir(parents=True)
     try:
         with _own_errors(temporary, path):
@@ -125,6 +126,24 @@ def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sweep(path: Path) -> None:
+    """Undo what processes that are no more have left of `path`, unless another one is at it."""
+    leftovers = [(left, left.name.rpartition("-")[2]) for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*")]
+    numbered = [(left, int(number)) for left, number in leftovers if number.isdecimal()]
+    if not any(_lives(number) for _, number in numbered):
+        recover(path)
+
+
+def _lives(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 @contextmanager

@@ -302,3 +302,20 @@ def test_a_huge_json_file_is_not_read(tmp_path):
     os.truncate(path, 65 << 20)
     with pytest.raises(EncdecError, match="larger than"):
         atomic.read_json(path)
+
+
+def test_what_a_killed_process_left_goes_with_the_next_one_but_not_what_another_writes(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    (tmp_path / f"x.tmp-{child.pid}").mkdir()
+    with atomic.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("1")
+    assert names(tmp_path) == ["x", f"x.tmp-{child.pid}"]
+    child.communicate()
+    with atomic.new_folder(tmp_path / "x") as folder:
+        (folder / "a").write_text("2")
+    assert names(tmp_path) == ["x"]
+    # It died after it had moved the old folder away: the old one comes back if the next one fails too.
+    (tmp_path / "x").rename(tmp_path / "x.tmp-replaced")
+    with pytest.raises(KeyError), atomic.new_folder(tmp_path / "x"):
+        raise KeyError
+    assert (tmp_path / "x" / "a").read_text() == "2"

@@ -92,7 +92,7 @@ def test_turns_that_together_are_too_long_are_forgotten(forks, model):
     # Nine tokens fit: "1 1 1 1" + <turn> + "1" + <turn> + "2 2 2" are ten, so the first turn leaves.
     done = forks("chat", "--model", model, stdin="1 1 1 1\n2 2 2\n")
     assert len(answers(done)) == 2
-    assert "the first 1 turns" in done.stderr
+    assert "the first turn of this conversation no longer fits; from here on" in done.stderr
 
 
 def test_a_turn_that_is_too_long_is_cut_and_said(forks, model):

@@ -56,10 +56,12 @@ class Net:
         norm: Literal["pre", "post"] = "pre"
 
         def __post_init__(self):
-            if self.d_model % self.heads:
-                raise ValueError(f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
+            if not self.heads:
+                raise ValueError("heads is 0; none is too few")
             if self.encoder_layers < 1:
                 raise ValueError(f"encoder_layers: {self.encoder_layers} must be at least 1")
+            if self.d_model % self.heads:
+                raise ValueError(f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
 
     def __init__(self, config, *sizes):
         self.config = config
@@ -164,6 +166,14 @@ WRONG = {
         GOOD + "model: {encoder_layers: 0}",
         "r.yaml:2:25: model.encoder_layers: 0 must be at least 1",
     ),
+    "contradictions of several keys, and of all": (
+        GOOD + "model: {encoder_layers: 0, heads: 0, d_model: 9}",
+        "r.yaml:2:25: model.encoder_layers: 0 must be at least 1\nr.yaml:2:35: model.heads: 0; none is too few",
+    ),
+    "contradictions of a key, and of several": (
+        GOOD + "model: {encoder_layers: 0, heads: 7}",
+        "r.yaml:2:25: model.encoder_layers: 0 must be at least 1",
+    ),
     "contradiction": (
         GOOD + "model: {heads: 7}",
         "r.yaml:2:1: model: d_model (512) must be a multiple of heads (7)",
@@ -263,6 +273,7 @@ OVERRIDES = {
     "data.name.x=3": "data.name.x=3: r.yaml:1:14 is not a section; it has no keys to override",
     "names=[a": "names=[a: not valid YAML: expected ',' or ']', but got '<stream end>'",
     "names=[!!str a]": "names=[!!str a]: tags (tag:yaml.org,2002:str) are not allowed; write the plain value",
+    "model.heads=0": "model.heads=0: 0; none is too few",
     "model.heads=7": "r.yaml:2:1: model: d_model (512) must be a multiple of heads (7)",
 }
 
@@ -556,6 +567,7 @@ def test_mistakes_in_metric_length_and_columns_are_told_with_all_others(tmp_path
         recipe.load(path)
     assert str(caught.value).split("\n") == [
         f"{path}:4:19: data.train.source: column 'a' is a name, so the TSV needs header: true; or use numbers",
+        f"{path}:4:30: data.train.target: column 'b' is a name, so the TSV needs header: true; or use numbers",
         f"{path}:5:26: data.valid.jsonl: a split has tsv or jsonl, not both",
         f"{path}:6:3: data.test: target is missing; without it nothing can be learned from a split or compared with it",
         f"{path}:8:11: train.metric.zzz: unknown key; expected tokenize, lowercase, smooth_method, smooth_value, "

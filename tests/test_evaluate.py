@@ -17,7 +17,7 @@ from encdec_cli import cli
 from encdec_cli.evaluation.likelihood import likelihoods
 from encdec_cli.generation.lines import Options, first_text, generate
 from encdec_cli.text.example import Example
-from tests.conftest import encdec, save, start, write_lines
+from tests.conftest import copy_task, encdec, save, start, write_lines
 from tests.test_contract import TEXT, make_bundle
 
 HYPOTHESES = ["the cat sat on the mat", "a dog barks", "it rains in Spain today", "nothing to see here"]
@@ -67,7 +67,12 @@ def test_several_metrics_and_references_and_a_gzip(files):
     )
 
 
-def test_the_paired_test_has_sacrebleus_p_value(files):
+@pytest.mark.parametrize("seed", ["", "7"])
+def test_the_paired_test_has_sacrebleus_p_value(files, monkeypatch, seed):
+    """With another seed too, which sacreBLEU takes from SACREBLEU_SEED."""
+    monkeypatch.delenv("SACREBLEU_SEED", raising=False)
+    if seed:
+        monkeypatch.setenv("SACREBLEU_SEED", seed)
     many = {"hyp": HYPOTHESES * 5, "ref": REFERENCES * 5, "base": OTHERS * 5}
     for name, lines in many.items():
         write_lines(files / name, lines)
@@ -92,6 +97,13 @@ def test_the_paired_test_has_sacrebleus_p_value(files):
     ]
     theirs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert ours["p_value"] == pytest.approx(theirs[1]["BLEU"]["p_value"], abs=1e-9)
+    assert f"seed:{seed or 12345}" in ours["signature"]
+
+
+def test_a_seed_that_is_none(files):
+    done = encdec("evaluate", files / "hyp", "--metric", "bleu", "-r", files / "ref", SACREBLEU_SEED="x")
+    assert done.returncode == 2
+    assert "SACREBLEU_SEED: expected a whole number, found 'x'" in done.stderr
 
 
 def test_files_of_unequal_length_are_refused_with_counts_and_row(files):
@@ -182,6 +194,13 @@ def test_wrong_options_of_a_metric_are_one_sentence(files, metric, words):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("words", [("-r", "-"), ("-r", "REF", "--baseline", "-"), ("-", "-r", "REF", "-r", "-")])
+def test_stdin_is_read_once(files, words):
+    done = encdec("evaluate", *(files / "ref" if word == "REF" else word for word in words), stdin="a\n")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "-: stdin can be read once; give hypotheses, references or a source as a file" in done.stderr
+
+
 def test_a_closed_stdin_is_told(files):
     code = (
         "import os, sys; os.close(0); "
@@ -190,6 +209,17 @@ def test_a_closed_stdin_is_told(files):
     done = subprocess.run([sys.executable, "-c", code, files / "ref"], capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (4, b"")
     assert done.stderr == b"encdec: error: stdin is closed; give a file, or write lines to stdin.\n"
+
+
+def test_a_test_split_that_is_named_from_another_folder_is_told_of(tmp_path):
+    recipe = copy_task(tmp_path / "corpus", train=20)
+    words = ("train.steps=2", f"data.root={recipe.parent.name}", "model.d_model=16")
+    assert encdec("train", recipe, *words, "--output", "run", cwd=tmp_path).returncode == 0
+    (tmp_path / "elsewhere").mkdir()
+    done = encdec("evaluate", "--model", "../run", cwd=tmp_path / "elsewhere", stdin=None)
+    assert done.returncode == 4
+    assert "there is no such file; the model's recipe names its test split" in done.stderr
+    assert "give --source and --reference" in done.stderr
 
 
 def test_the_model_writes_the_hypotheses_of_its_own_test_split(copy_run):

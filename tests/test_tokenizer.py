@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.text.options import evenly
+from encdec_cli.text.subword import _interruptible
 from encdec_cli.text.tokenizer import KINDS, Tokenizer, TokenizerOptions, load_tokenizer, train_tokenizer
 from encdec_cli.text.vocabulary import BOS, EOS, PAD, SPECIAL, UNK, Vocabulary
 
@@ -160,3 +163,28 @@ def test_vocabulary_ids() -> None:
     for wrong in (("a",), (*SPECIAL, "a", "a")):
         with pytest.raises(BundleError):
             Vocabulary(wrong)
+
+
+def test_a_signal_is_heeded_while_pieces_are_learned():
+    """SentencePiece does not come back to Python before it is done, which takes minutes of a large corpus."""
+
+    def handle(*_):
+        raise KeyboardInterrupt
+
+    before, never = signal.signal(signal.SIGALRM, handle), threading.Event()
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            _interruptible(never.wait)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        never.set()
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_what_goes_wrong_in_the_thread_that_learns_pieces_is_told():
+    def fail():
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        _interruptible(fail)

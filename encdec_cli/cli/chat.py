@@ -59,11 +59,13 @@ def chat(
         turns.append(said)
         kept = _that_fit(bundle, task, turns)
         if len(turns) > kept and not told:
-            told = True
-            console.say(
-                f"the first {len(turns) - kept} turns of this conversation no longer fit; from here on the oldest "
-                "ones are forgotten"
+            told, lost = True, len(turns) - kept
+            what = (
+                "the first turn of this conversation no longer fits"
+                if lost == 1
+                else (f"the first {lost} turns of this conversation no longer fit")
             )
+            console.say(f"{what}; from here on the oldest ones are forgotten")
         asked.append([task.from_record({"turns": turns[-kept:]})])
         result = next(answers)
         if result.truncated:

@@ -85,6 +85,7 @@ def evaluate(
     _check_format(as_json, score_only)
     load_plugins(plugins := plugin or [])
     chosen = chosen_metrics(metric or ())
+    _check_stdin(file, [*(reference or []), baseline, source])
     lines = read_hypotheses(file)
     _check_unwritten(lines, rerank, precision.value)
     bundle = None
@@ -108,10 +109,25 @@ def _check_format(as_json: bool, score_only: bool) -> None:
         raise UsageError("--json and --score-only: give one of them; the JSON object holds every score.")
 
 
+def _check_stdin(file: Path | None, others: Sequence[Path | None]) -> None:
+    """Refuse stdin for two texts: the second would find it empty."""
+    from encdec_cli.errors import UsageError
+
+    first = str(file) == "-" or (file is None and not _stdin_asks_model())
+    if first + [str(other) for other in others].count("-") > 1:
+        raise UsageError("-: stdin can be read once; give hypotheses, references or a source as a file instead.")
+
+
 def _resampling(test: Test, score_only: bool, baseline: Path | None) -> Resampling:
+    from encdec_cli.errors import UsageError
     from encdec_cli.evaluation.significance import Resampling
 
-    return Resampling(test=test.value, resamples=0 if score_only and baseline is None else 1000)
+    usual = Resampling()
+    seed = os.environ.get("SACREBLEU_SEED") or str(usual.seed)
+    if not seed.isdecimal():
+        raise UsageError(f"SACREBLEU_SEED: expected a whole number, found '{seed}'; it seeds intervals and tests.")
+    resamples = 0 if score_only and baseline is None else usual.resamples
+    return Resampling(test=test.value, resamples=resamples, seed=int(seed))
 
 
 def _print(report: Report, as_json: bool, score_only: bool) -> None:
@@ -213,11 +229,17 @@ def _usual_metrics(bundle: Bundle | None) -> list[str]:
 
 
 def _examples(bundle: Bundle, source: Path | None) -> list[Example]:
-    from encdec_cli.errors import UsageError
+    from encdec_cli.errors import DataError, UsageError
 
     if source is not None:
         return [bundle.task.read(line) for line in _read(source)]
-    examples = list(bundle.recipe.data.config.read("test"))
+    try:
+        examples = list(bundle.recipe.data.config.read("test"))
+    except DataError as error:
+        raise DataError(
+            f"{str(error).rstrip('.')}; the model's recipe names its test split (data.test) from the folder in which "
+            "it was trained: go there, or give --source and --reference."
+        ) from error
     if not examples:
         raise UsageError(
             "the model's recipe names no test split (data.test); give --reference FILE, and --source FILE "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -15,6 +17,7 @@ from encdec_cli.config.schema import (
     chosen_of,
     keys,
     model_of,
+    required,
     schema_of,
     types_of,
 )
@@ -65,16 +68,25 @@ def _dataclass(value: SectionModel, parts: dict[str, Node], node: Node, path: st
             inside[key] = build_component(chosen, parts[key], where, mistakes)
     if len(mistakes) > before:
         return None
-    try:
-        return value.schema_class(**inside)
-    except (ValueError, EncdecError) as error:
-        # A sentence that begins with one of the keys is about that key.
-        key, colon, what = str(error).rstrip(".").partition(": ")
-        if colon and key in parts:
-            mistakes.add(parts[key].place, f"{path}{dot}{key}", what)
-        else:
-            mistakes.add(node.key, path, str(error).rstrip("."))
-        return None
+    while True:
+        try:
+            made = value.schema_class(**inside)
+        except (ValueError, EncdecError) as error:
+            key, what = _about(str(error).rstrip("."), inside)
+            if key:
+                mistakes.add(parts[key].place, f"{path}{dot}{key}", what)
+                del inside[key]  # what is wrong with the other keys it tells without this one
+                if not required(keys(value.schema_class)[key]):
+                    continue
+            if len(mistakes) == before:
+                mistakes.add(node.key, path, what)
+        return made if len(mistakes) == before else None
+
+
+def _about(sentence: str, keys: Collection[str]) -> tuple[str, str]:
+    """Return which of the keys a sentence is about, the one that it begins with, and the rest; else all of it."""
+    match = re.match(r"(\w+)(?:: | is )", sentence)
+    return (match[1], sentence[match.end() :]) if match and match[1] in keys else ("", sentence)
 
 
 def build_component(chosen: Chosen, node: Node, path: str, mistakes: Mistakes) -> Component | None:

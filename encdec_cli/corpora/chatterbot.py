@@ -32,6 +32,10 @@ class Chatterbot(Corpus):
     language: str = "english"
     """Folder of the package's data."""
 
+    def __post_init__(self) -> None:
+        if find_spec(_MODULE) is not None:
+            self._folder()
+
     def read(self, split: str) -> Iterator[Example]:
         """Yield an example for every turn but the first of each conversation."""
         known_split(split)
@@ -62,7 +66,7 @@ class Chatterbot(Corpus):
         data = Path(spec.submodule_search_locations[0]) / "data"
         known = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
         if self.language not in known:
-            raise UsageError(f"data.language: no '{self.language}' among {', '.join(known)}.")
+            raise UsageError(f"language: no '{self.language}' among {', '.join(known)}.")
         return data / self.language
 
     def fingerprint(self) -> str:

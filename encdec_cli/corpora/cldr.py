@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -57,6 +58,9 @@ class Cldr(Corpus):
         for name, value in (("pairs", self.pairs), ("valid", self.valid), ("test", self.test)):
             if value < 0:
                 raise UsageError(f"{name}: {value} must be 0 or more.")
+        if find_spec("babel") is not None:
+            for name in ("source", "target"):
+                _locale(name, vars(self)[name])
         # Not fields: they are no keys of a recipe. The stream is drawn from as far as somebody reads.
         self._drawn: list[Example] = []
         self._stream: Iterator[Example] | None = None
@@ -119,9 +123,7 @@ def _locale(key: str, name: str) -> Locale:
         return Locale.parse(name.replace("-", "_"))
     except (ValueError, TypeError, UnknownLocaleError) as error:
         hint = nearest(name, locale_identifiers())
-        raise UsageError(
-            f"data.{key}: CLDR has no locale '{name}'{hint}; expected one such as en, de or pt_BR."
-        ) from error
+        raise UsageError(f"{key}: CLDR has no locale '{name}'{hint}; expected one such as en, de or pt_BR.") from error
 
 
 def _weighted(kinds: list[Kind], rng: Random) -> Kind:

@@ -73,6 +73,9 @@ class Docstrings(Corpus):
             return [(str(source), str(target)) for source, target in json.loads(cache.read_bytes())]
         pairs = list(unique_pairs(_source_files(_roots(), self.packages)))
         if not pairs:
+            if self.packages:
+                names = ", ".join(self.packages)
+                raise DataError(f"data.packages: no docstring found in {names}; name installed ones, such as json.")
             raise DataError("corpus 'docstrings': no docstring found; are the .py files of Python installed?")
         with contextlib.suppress(ResourceError):  # a cache that cannot be written only costs time
             write_file(cache, json.dumps(pairs, ensure_ascii=False).encode(errors="replace"))

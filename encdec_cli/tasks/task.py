@@ -68,6 +68,7 @@ def text_field(record: dict[str, Any], *names: str) -> str:
     """Return the first of the named fields that is there. DataError if none is, or it is not text."""
     text = optional_text(record, *names)
     if text is None:
-        found = ", ".join(f"'{name}'" for name, value in record.items() if value is not None) or "none"
-        raise DataError(f"field '{names[0]}': missing; expected {' or '.join(names)}, found the fields {found}.")
+        others = ", ".join(f"'{name}'" for name, value in record.items() if value is not None)
+        found = f"the fields {others}" if others else "no field"
+        raise DataError(f"field '{names[0]}': missing; expected {' or '.join(names)}, found {found}.")
     return text

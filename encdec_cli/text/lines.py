@@ -234,7 +234,7 @@ def unequal(names: Sequence[str], lengths: Sequence[Sequence[int]]) -> DataError
     if row == min(len(lengths[0]), len(lengths[1])):
         hint = f"up to the last common row, {row}, the lines seem to match: one text may be cut short"
     else:
-        hint = f"the lines seem to match no more from row {row + 1}: look there for a line missing, added or broken"
+        hint = f"by length they match no more from about row {row + 1}: look there for a line missing, added or broken"
     return DataError(f"{names[0]} has {len(lengths[0])} lines and {names[1]} has {len(lengths[1])}; {hint}.")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import sentencepiece
 
@@ -21,6 +23,8 @@ _PIECE_OF_LINE = 4000
 # The share of the characters that get a piece; the rest is spelled in bytes.
 _COVERAGE = 0.9995
 _FATAL_ONLY = 3
+_HEED_EVERY = 0.05
+"""Seconds between two looks for signals while pieces are learned."""
 
 
 class SentencePiece:
@@ -53,28 +57,30 @@ class SentencePiece:
         chosen = list(_training_text(lines))
         if not chosen:
             raise DataError("tokenizer: there is no text to train it on; check the training files.")
+        train = partial(
+            sentencepiece.SentencePieceTrainer.train,
+            sentence_iterator=iter(chosen),
+            model_writer=content,
+            model_type=options.algorithm,
+            vocab_size=options.size,
+            character_coverage=_COVERAGE,
+            split_digits=True,  # so that numbers can be copied digit by digit
+            user_defined_symbols=list(options.symbols),
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            byte_fallback=True,
+            required_chars=_SPACE,
+            hard_vocab_limit=False,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            max_sentence_length=4 * _PIECE_OF_LINE + 1,
+            num_threads=_THREADS,
+            minloglevel=_FATAL_ONLY,
+        )
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(chosen),
-                model_writer=content,
-                model_type=options.algorithm,
-                vocab_size=options.size,
-                character_coverage=_COVERAGE,
-                split_digits=True,  # so that numbers can be copied digit by digit
-                user_defined_symbols=list(options.symbols),
-                pad_id=PAD,
-                unk_id=UNK,
-                bos_id=BOS,
-                eos_id=EOS,
-                byte_fallback=True,
-                required_chars=_SPACE,
-                hard_vocab_limit=False,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                max_sentence_length=4 * _PIECE_OF_LINE + 1,
-                num_threads=_THREADS,
-                minloglevel=_FATAL_ONLY,
-            )
+            _interruptible(train)
         except RuntimeError as error:
             raise _explained(error, options) from error
         return cls(content.getvalue())
@@ -106,6 +112,25 @@ class SentencePiece:
         one = self._processor
         ids = [id for id in range(len(SPECIAL), len(self.vocabulary)) if not (one.is_byte(id) or one.is_unused(id))]
         return dict(zip(ids, one.get_score(ids), strict=True))
+
+
+def _interruptible(work: Callable[[], object]) -> None:
+    """Do work that takes long outside of Python in a thread of its own, so that a signal is heeded meanwhile."""
+    raised: list[BaseException] = []
+
+    def done() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    # A daemon, for which an interrupted process does not wait when it leaves.
+    thread = threading.Thread(target=done, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_HEED_EVERY)
+    if raised:
+        raise raised[0]
 
 
 def _training_text(lines: Iterable[str]) -> Iterator[str]:

@@ -51,6 +51,9 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     _check_processes(recipe, ranks, say)
     for key, why in _idle(recipe):
         say(f"note: {key} does nothing {why}")
+    train = recipe.train
+    if train.warmup >= train.steps and train.schedule != "constant":
+        say(f"note: train.warmup: {train.warmup} of {train.steps} updates, so train.rate is never reached")
 
 
 def _check_metrics(recipe: Recipe) -> None:
