@@ -15,17 +15,15 @@ from encdec_cli.registry import models
 
 @dataclass
 class GruState:
-    """What the decoder remembers: one vector a row, and the source once a sentence."""
+    """What the decoder remembers of each row: its own vector, and the source."""
 
     hidden: Tensor  # [1, rows, dim]
     memory: Memory
-    beam: int
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i continue row rows[i]."""
-        sentences = rows[:: self.beam] // self.beam
         self.hidden = self.hidden[:, rows]
-        self.memory = Memory(self.memory.states[sentences], self.memory.mask[sentences])
+        self.memory = Memory(self.memory.states[rows], self.memory.mask[rows])
 
 
 @models.register("gru")
@@ -53,16 +51,15 @@ class Gru(Model):
 
     def start(self, memory: Memory, beam: int = 1) -> GruState:
         """Begin with the state at the last token of each sentence."""
-        last = memory.mask.sum(dim=1) - 1
-        hidden = memory.states[torch.arange(len(last), device=last.device), last]
-        return GruState(hidden.repeat_interleave(beam, dim=0)[None], memory, beam)
+        states, mask = (part.repeat_interleave(beam, dim=0) for part in (memory.states, memory.mask))
+        last = mask.sum(dim=1) - 1
+        return GruState(states[torch.arange(len(last), device=last.device), last][None], Memory(states, mask))
 
     def decode(self, tokens: Tensor, state: GruState) -> Tensor:
-        """Write, then look at the source; the rows of a sentence are one longer query."""
+        """Write, then look at the source."""
         written, state.hidden = self.writer(self.target(tokens), state.hidden.contiguous())
         states, mask = state.memory.states[:, None], state.memory.mask[:, None, None]
-        seen = attend(written.reshape(len(mask), 1, -1, written.shape[-1]), states, states, mask)
-        return written + seen.reshape(written.shape)
+        return written + attend(written[:, None], states, states, mask)[:, 0]
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the logits."""

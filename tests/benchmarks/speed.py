@@ -25,6 +25,7 @@ from encdec_cli.data.store import Store
 from encdec_cli.decoding.beam import Beam
 from encdec_cli.decoding.hypothesis import Limits
 from encdec_cli.decoding.stepper import Stepper
+from encdec_cli.models.packed import pack
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.training.precision import choose
 
@@ -134,6 +135,7 @@ def generation_variants(pairs: Pairs, sentences: int, batch: int, beam: int) -> 
     def ours(name: str, precision: str) -> Variant:
         model = our_model(pairs.vocab).eval()
         choose(precision, "cpu").apply(model)
+        pack(model)  # as `encdec generate` does
         search = Beam(beam=beam, length_penalty=1.0)
 
         def run() -> int:
