@@ -26,7 +26,7 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
     """Ctrl-C (SIGINT)."""
     TERMINATED = 143
-    """SIGTERM."""
+    """SIGTERM, or SIGHUP."""
 
 
 class EncdecError(Exception):

@@ -56,7 +56,7 @@ def main() -> int:
     bench = Bench(folder, chosen.seed, chosen.share)
     try:
         for name in chosen.tests or TESTS:
-            what = (TESTS[name].__doc__ or "").partition(": ")[2].rstrip(".")
+            what = (TESTS[name].__doc__ or "").split("\n")[0].partition(": ")[2].rstrip(".")
             if name in NEED_STRACE and not shutil.which("strace"):
                 rows.append([name, f"{what} (left out: no strace here)", "0", "", "", ""])
                 continue

@@ -80,14 +80,18 @@ def system_calls(bench: Bench, overrides: tuple[str, ...], calls: str) -> list[t
 
 
 def signals(bench: Bench) -> Iterator[Result]:
-    """T3: SIGTERM, SIGINT, SIGHUP and two SIGINT, in the data, in training, in a validation, in a save."""
+    """T3: SIGTERM, SIGINT, SIGHUP and two SIGINT, wherever a run may be, and at random moments.
+
+    In the data, the first update and a later one, a validation, the try of the average, a save, and
+    where a model is published.
+    """
     kinds = [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGHUP, 1, 143), (signal.SIGINT, 2, 130)]
-    places = [("read", 1), ("update", 1), ("update", 4), ("search", 1), ("fsync", 9), ("rename", 6)]
+    places = [("read", 1), ("update", 1), ("update", 4), ("search", 1), ("search", 3)]
+    places += [("fsync", 9), ("rename", 6), ("symlink", 1)]
     cases = [(kind, place) for place in places for kind in kinds]
     for (number, times, code), (point, count) in bench.some(cases):
         run = bench.new() if point == "read" else bench.with_data(*SAVES)
-        if point == "read":
-            bench.unbroken(*SAVES)
+        bench.unbroken(*SAVES)
         told = bench.folder / "told"
         told.unlink(missing_ok=True)
         command = bench.start(run, *SAVES, FAULT=f"{point}:{count}:{int(number)}:{times}", TOLD=str(told))
@@ -96,6 +100,16 @@ def signals(bench: Bench) -> Iterator[Result]:
             bench.took(command.seconds(told), LIMIT)
         wrong = wrong or not_whole(run, (run / "bundle").is_symlink())
         yield f"{signal.Signals(number).name} x {times} in {point} {count}", wrong or bench.finish(run, *SAVES)
+    chance = random.Random(bench.seed)
+    for moment in bench.some(list(range(40))):
+        run, (number, _, code) = bench.new(), chance.choice(kinds[:3])
+        command, lines = bench.start(run, *RUN), chance.randint(0, 40)
+        while command.code() is None and _lines(run) < lines:
+            time.sleep(0.002)
+        time.sleep(chance.random() * (0.4 if lines == 0 else 0.05))
+        command.send(number)
+        wrong = spoken(command, (0, code, -number))  # it had ended, or had not begun to listen
+        yield f"{signal.Signals(number).name} at moment {moment}", wrong or bench.finish(run, *RUN)
 
 
 def full_disk(bench: Bench) -> Iterator[Result]:

@@ -48,7 +48,21 @@ def lost_processes(bench: Bench) -> Iterator[Result]:
 
 
 def uneven_data(bench: Bench) -> Iterator[Result]:
-    """T27: 1 to 50 examples for 1 to 4 processes: each example once an epoch, and no process without work."""
+    """T27: 1 to 50 examples for 1 to 4 processes: each example once an epoch, and no process without work.
+
+    The order of each case is computed; some are trained by as many processes, and by one, which has the same losses.
+    """
+    for count, world in bench.some([(1, 2), (2, 3), (3, 2), (5, 4), (7, 3), (50, 4)]):
+        corpus = copy_task(bench.new(), train=count)
+        runs = bench.new(), bench.new()
+
+        def check(corpus: Path = corpus, world: int = world, runs: tuple[Path, Path] = runs) -> None:
+            for processes, run in zip((1, world), runs, strict=True):
+                options = (*distributed.SMALL, "train.accumulate=4", "train.log_every=1", "--output", run)
+                distributed.trained(bench.forks, processes, corpus, *options)
+            assert distributed.losses(runs[1]) == pytest.approx(distributed.losses(runs[0]), rel=1e-4)
+
+        yield f"{count} examples, {world} processes that train", _problem(check)
     whole = distributed.test_uneven_data_every_example_once_an_epoch_and_no_process_without_work
     for count, world in bench.some(distributed.UNEVEN):
         yield f"{count} examples, {world} processes", _problem(lambda c=count, w=world: whole(c, w))
