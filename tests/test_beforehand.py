@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from torch.distributed.fsdp import FSDPModule
 
 from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.recipe import load
@@ -92,3 +93,18 @@ def test_each_key_that_does_nothing_is_told_once(tmp_path, keys, notes):
     assert len(said) == len(notes)
     for sentence, note in zip(said, notes, strict=True):
         assert sentence.startswith(f"note: {note}")
+
+
+def test_shares_need_a_torch_that_sums_their_gradients(tmp_path, monkeypatch):
+    keys = ["train.accumulate=2", "parallel.shard=true"]
+    assert told(tmp_path, *keys, world=2) == []
+    monkeypatch.delattr(FSDPModule, "set_force_sum_reduction_for_comms")
+    with pytest.raises(UsageError, match=r"parallel.shard: torch .* install torch 2.9 or newer"):
+        told(tmp_path, *keys, world=2)
+    assert told(tmp_path, *keys) == []  # one process shares with nobody
+
+
+def test_a_warmup_that_is_longer_than_the_run_is_noted(tmp_path):
+    (said,) = told(tmp_path, "train.steps=10", "train.warmup=10", "train.schedule=linear")
+    assert said == "note: train.warmup: 10 of 10 updates, so train.rate is never reached"
+    assert told(tmp_path, "train.steps=10", "train.warmup=9", "train.schedule=linear") == []

@@ -82,6 +82,13 @@ def _check_model(recipe: Recipe) -> None:
 
 
 def _check_processes(recipe: Recipe, ranks: Ranks, say: Callable[[str], None]) -> None:
+    if recipe.parallel.shard and ranks.world > 1:
+        from torch.distributed.fsdp import FSDPModule  # noqa: PLC0415 takes seconds
+
+        if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
+            raise UsageError(
+                f"parallel.shard: torch {torch.__version__} cannot sum as it must; install torch 2.9 or newer."
+            )
     _check_tensor(recipe, ranks.world)
     _check_update(recipe, ranks, say)
 
