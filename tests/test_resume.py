@@ -17,9 +17,12 @@ TIMEOUT = 120
 
 
 def fingerprint(run: Path) -> dict[str, object]:
-    """Everything a run leaves that must not depend on interruptions."""
+    """Everything a run leaves that must not depend on interruptions: a signal may have saved where nothing else does,
+
+    so of the checkpoints the newest.
+    """
     files = {}
-    for folder in (run / "data", run / "bundle", *sorted((run / "checkpoints").iterdir())):
+    for folder in (run / "data", run / "bundle", max((run / "checkpoints").iterdir())):
         files[folder.name] = json.loads((folder / MANIFEST).read_text())
     return {"files": files, "log": [{k: v for k, v in line.items() if k != "clock"} for line in log_lines(run)]}
 

@@ -88,9 +88,17 @@ class Bench:
 
 
 def differences(unbroken: Path, run: Path) -> list[str]:
-    """What differs between two finished runs: every byte of data, checkpoints, bundles and log but the clock."""
+    """What differs between two finished runs: every byte of data, checkpoints, bundles and log but the clock.
+
+    A signal saves where it comes, so an older checkpoint may be of another update, but there are as many.
+    """
     ours, theirs = fingerprint(unbroken), fingerprint(run)
-    return [f"{name} differs" for name in sorted(ours.keys() | theirs.keys()) if ours.get(name) != theirs.get(name)]
+    steps = [checkpoint.steps(one / "checkpoints") for one in (unbroken, run)]
+    if len(steps[0]) != len(steps[1]):
+        return [f"checkpoints of the updates {steps[1]}, not {steps[0]}"]
+    older = {f"checkpoints/{checkpoint.step_name(step)}" for found in steps for step in found[:-1]}
+    names = (ours.keys() | theirs.keys()) - (older - (ours.keys() & theirs.keys()))
+    return [f"{name} differs" for name in sorted(names) if ours.get(name) != theirs.get(name)]
 
 
 def fingerprint(run: Path) -> dict[str, object]:
