@@ -129,11 +129,26 @@ def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
 
 
 def _sweep(path: Path) -> None:
-    """Undo what processes that are no more have left of `path`, unless another one is at it."""
-    leftovers = [(left, left.name.rpartition("-")[2]) for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*")]
-    numbered = [(left, int(number)) for left, number in leftovers if number.isdecimal()]
-    if not any(_lives(number) for _, number in numbered):
-        recover(path)
+    """Delete what dead processes have left of `path`; an older folder that one had moved away comes back."""
+    left = _leftovers(path)
+    dead = [one for one, number in left.items() if not _lives(number)]
+    for one in dead:
+        _delete(one)
+    if len(dead) == len(left) and _aside(path).is_dir() and not path.exists():
+        _aside(path).rename(path)
+
+
+def _leftovers(path: Path) -> dict[Path, int]:
+    """Return the temporary files and folders of `path`, each with the number of the process that made it."""
+    found = ((left, left.name.rpartition("-")[2]) for left in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"))
+    return {left: int(number) for left, number in found if number.isdecimal()}
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lives(number: int) -> bool:
@@ -217,7 +232,6 @@ def set_aside(path: Path, other: Path) -> None:
     """Give a folder of ours another name; what had that name is deleted."""
     with disk_errors(path):
         shutil.rmtree(other, ignore_errors=True)
-        other.unlink(missing_ok=True)
         path.rename(other)
         sync_folder(path.parent)
 
@@ -235,13 +249,8 @@ def recover(path: Path) -> None:
         if aside.is_dir() and not path.exists():
             aside.rename(path)
         shutil.rmtree(aside, ignore_errors=True)
-        for leftover in path.parent.glob(f"{glob.escape(path.name)}.tmp-*"):
-            if not leftover.name.rpartition("-")[2].isdigit():
-                continue
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        for leftover in _leftovers(path):
+            _delete(leftover)
 
 
 def sha256(path: Path) -> str:

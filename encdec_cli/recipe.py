@@ -13,6 +13,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from encdec_cli.config import Chosen, Component, Unchecked, component_of, loader
 from encdec_cli.config import explain as explained
+from encdec_cli.config.checks import about
 from encdec_cli.config.mistakes import Mistakes
 from encdec_cli.config.schema import plain_value
 from encdec_cli.config.tree import Node, Place, from_plain
@@ -285,7 +286,22 @@ def load(
     for section in ("train", "risk"):
         if checked is None or section in checked:
             _check_metric(tree, section, mistakes)
-    return loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
+    recipe = loader.build(tree, Recipe, mistakes, checked, {"loaded": tuple(dict.fromkeys(loaded))})
+    if checked is None or "data" in checked:
+        _check_corpus(recipe, tree, mistakes)
+    return recipe
+
+
+def _check_corpus(recipe: Recipe, tree: Node, mistakes: Mistakes) -> None:
+    """Raise UsageError for what the corpus cannot read; here, since a model in use reads it no more."""
+    section = tree.value["data"] if isinstance(tree.value, dict) else tree
+    parts = section.value if isinstance(section.value, dict) else {}
+    try:
+        recipe.data.config.check()
+    except UsageError as error:
+        key, what = about(str(error), parts)
+        mistakes.add(parts[key].place if key else section.key, f"data.{key}".rstrip("."), what)
+        mistakes.check()
 
 
 def _load_named(tree: Node, folder: Path, mistakes: Mistakes) -> list[Plugin]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -79,11 +80,24 @@ def test_a_recipe_without_a_model_says_so(forks, tmp_path):
     assert "lines/s" not in done.stdout
 
 
+def test_what_was_measured_is_told_although_the_model_cannot_be(forks, copy_run, tmp_path):
+    recipe = copy_task(tmp_path / "corpus")
+    (tmp_path / "run").mkdir()
+    shutil.copytree(copy_run / "bundle", tmp_path / "run" / "bundle")
+    (tmp_path / "run" / "bundle" / "model.safetensors").write_bytes(b"damaged")
+    done = forks("bench", recipe, "--seconds", "0", "--output", tmp_path / "run")
+    assert done.wait() == 0, done.stderr
+    assert "the speed of generation is not measured: " in done.stderr
+    assert "tokens_per_second" in done.stdout
+    named = forks("bench", "--model", tmp_path / "run")
+    assert named.wait() == 5
+
+
 def test_the_front_is_drawn():
     settings = [asdict(point(speed, score)) | {"front": front} for speed, score, front in FRONT]
     told = {"metric": "bleu", "settings": settings, "recommended": asdict(point(*FRONT[0][:2])), "why": "it is"}
     table, drawn = _tables({"generation": told})
-    assert "recommended: it is" in table
+    assert "* recommended: it is" in table
     assert drawn.split("\n")[0] == "bleu by lines/s, of the settings marked *"
     assert "30 │" in drawn  # the best of the front
     assert "10 │" in drawn  # and its fastest

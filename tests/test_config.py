@@ -166,7 +166,7 @@ WRONG = {
         GOOD + "model: {encoder_layers: 0}",
         "r.yaml:2:25: model.encoder_layers: 0 must be at least 1",
     ),
-    "contradictions of several keys, and of all": (
+    "contradictions of several keys, and none that a default makes": (
         GOOD + "model: {encoder_layers: 0, heads: 0, d_model: 9}",
         "r.yaml:2:25: model.encoder_layers: 0 must be at least 1\nr.yaml:2:35: model.heads: 0; none is too few",
     ),
@@ -568,7 +568,7 @@ def test_mistakes_in_metric_length_and_columns_are_told_with_all_others(tmp_path
     assert str(caught.value).split("\n") == [
         f"{path}:4:19: data.train.source: column 'a' is a name, so the TSV needs header: true; or use numbers",
         f"{path}:4:30: data.train.target: column 'b' is a name, so the TSV needs header: true; or use numbers",
-        f"{path}:5:26: data.valid.jsonl: a split has tsv or jsonl, not both",
+        f"{path}:5:3: data.valid: a split has tsv or jsonl, not both",
         f"{path}:6:3: data.test: target is missing; without it nothing can be learned from a split or compared with it",
         f"{path}:8:11: train.metric.zzz: unknown key; expected tokenize, lowercase, smooth_method, smooth_value, "
         "max_ngram_order, effective_order",

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from encdec_cli.corpora import chatterbot, docstrings
 from encdec_cli.corpora.chatterbot import Chatterbot
@@ -17,6 +19,7 @@ from encdec_cli.corpora.cldr import Cldr
 from encdec_cli.corpora.docstrings import Docstrings, pair_of, split_of
 from encdec_cli.corpora.files import Files, SplitFiles
 from encdec_cli.errors import DataError, UsageError
+from encdec_cli.recipe import from_resolved, load, resolved
 from encdec_cli.registry import corpora
 from encdec_cli.text.example import Example
 
@@ -71,7 +74,7 @@ def test_cldr_serves_other_locales(pair: tuple[str, str]) -> None:
 
 
 def test_cldr_mistakes_are_usage_errors() -> None:
-    with pytest.raises(UsageError, match=r"data\.target: .*'dee'"):
+    with pytest.raises(UsageError, match=r"^target: .*'dee'"):
         list(Cldr(target="dee").read("train"))
     with pytest.raises(UsageError, match="pairs: -1"):
         Cldr(pairs=-1)
@@ -294,3 +297,26 @@ def test_fingerprints_change_with_the_content_alone(tmp_path: Path) -> None:
 
 def test_every_built_in_corpus_is_registered() -> None:
     assert [corpora.get(name) for name in corpora.names()][:4] == [Files, Cldr, Docstrings, Chatterbot]
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ("{name: cldr, target: zz}", "r.yaml:2:28: data.target: CLDR has no locale 'zz'"),
+        ("{name: chatterbot, language: elvish}", "r.yaml:2:36: data.language: no 'elvish' among "),
+    ],
+)
+def test_what_a_corpus_cannot_read_is_told_at_its_key_and_bothers_no_model_in_use(tmp_path, data, told):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"task: {{name: translation}}\ndata: {data}\n")
+    with pytest.raises(UsageError, match=re.escape(told)):
+        load(path)
+    plain = load(path, ["data={name: cldr}"])
+    kept = resolved(plain) | {"data": yaml.safe_load(data)}
+    assert resolved(from_resolved(kept))["data"]["name"] == kept["data"]["name"]
+
+
+def test_packages_without_docstrings_are_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(DataError, match=r"data.packages: no docstring found in nope_pkg; name installed ones"):
+        list(Docstrings(packages=["nope_pkg"]).read("train"))

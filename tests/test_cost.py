@@ -415,7 +415,7 @@ def test_costs_are_added_up_over_processes_and_repeated_work_is_told(tmp_path, c
     for words in ("60.0 minutes", "25.0% padding", "6 updates done again", "0.1 kWh", "3.60 to pay", "50 g CO2"):
         assert words in sentence
     assert json.loads((tmp_path / SPENT).read_text())["price"] == 3.6
-    for damaged in ("{", "[]", '{"seconds": "many"}'):  # counted anew, never an error
+    for damaged in ("{", "[]", '{"seconds": "many"}', '{"seconds": NaN}'):  # counted anew, never an error
         (tmp_path / SPENT).write_text(damaged)
         assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
 
@@ -451,6 +451,22 @@ def test_the_share_of_the_ceiling_is_of_the_time_that_is_known(tmp_path, clock):
     end = Progress(step=110, flops=10**15 + 10**11)
     made.clock(end)
     assert "(10% of the machine's ceiling)" in made.sentence(end)
+
+
+def test_a_run_of_before_flops_were_counted_has_the_same_share_of_the_ceiling(tmp_path, clock):
+    (tmp_path / SPENT).write_text('{"seconds": 1000, "cpu_seconds": 1000, "updates": 100, "joules": 0}')
+    made = Account(tmp_path, Cost(), CPU, torch.float32, Progress(step=100, flops=10**11))
+    clock.now += 1000
+    end = Progress(step=200, flops=2 * 10**11)
+    made.clock(end)
+    assert "(10% of the machine's ceiling)" in made.sentence(end)
+
+
+def test_a_model_that_was_never_judged_tells_its_cost_too(forks, recipe, tmp_path):
+    run = tmp_path / "run"
+    done = forks("train", recipe, "train.steps=3", "train.validate_every=0", "train.log_every=50", "--output", run)
+    assert done.wait() == 0, done.stderr
+    assert json.loads((run / "bundle" / SPENT).read_text())["updates"] == 3
 
 
 def test_measured_energy_where_the_machine_tells_it(tmp_path, clock):

@@ -92,7 +92,7 @@ def test_file_and_line_are_named_whenever_a_line_turns_out_wrong(command, tmp_pa
 def test_nothing_is_said_to_be_written_before_the_first_line(command):
     code, out, errors = command(["{}"], "--json")
     assert (code, out) == (4, [])
-    assert "field 'source': missing; expected source, found no field); it is the first line." in errors
+    assert "field 'source': missing; expected source, found no field).\n" in errors
 
 
 def test_a_line_that_looks_like_a_record_is_told_of_once_and_read_as_text(command):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -21,7 +22,7 @@ from encdec_cli import atomic
 from encdec_cli.atomic import MANIFEST, verify
 from encdec_cli.bundle import checkpoint
 from encdec_cli.bundle.run import locked
-from encdec_cli.errors import ResourceError
+from encdec_cli.errors import BundleError, ResourceError
 from tests.conftest import copy_task, environment, start, write_lines
 from tests.forked import TIMEOUT, Command
 from tests.reliability.bench import Bench
@@ -529,6 +530,10 @@ def test_what_cannot_be_read_for_once_is_not_deleted(copied, monkeypatch):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256(path)
 
+    monkeypatch.setattr(atomic, "sha256", lambda path: sha256(folder / "nowhere"))
+    with pytest.raises(BundleError, match=r"no checkpoint is whole .*; try again if the disk has failed for a moment"):
+        checkpoint.newest(folder, said.append)
+    assert (said, checkpoint.steps(folder)) == ([], [older, newest])
     monkeypatch.setattr(atomic, "sha256", broken)
     assert checkpoint.newest(folder, said.append) == older
     assert "Input/output error" in said[0]
@@ -536,6 +541,12 @@ def test_what_cannot_be_read_for_once_is_not_deleted(copied, monkeypatch):
     aside = folder / f"{checkpoint.step_name(newest)}.damaged"
     assert aside.name in said[0]
     checkpoint.drop(folder, 1)  # the run has not passed it
+    whole = checkpoint.read(folder, older).progress.model, json.loads((aside / "progress.json").read_text())
+    assert checkpoint.models(folder) == {whole[0], whole[1]["progress"]["model"]}
+    half = folder / f"{aside.name}.tmp-{2**22 + 1}"  # somebody died who was deleting one
+    half.mkdir()
+    checkpoint.recover(folder)
+    assert not half.exists()
     aside.rename(folder / checkpoint.step_name(newest))
     assert checkpoint.newest(folder, said.append) == newest
 
@@ -550,6 +561,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
         locked(tmp_path / "run"),
     ):
         pass
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_whole_checkpoint_is_an_error_not_a_new_start(forks, copied):

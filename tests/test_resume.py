@@ -17,10 +17,7 @@ TIMEOUT = 120
 
 
 def fingerprint(run: Path) -> dict[str, object]:
-    """Everything a run leaves that must not depend on interruptions: a signal may have saved where nothing else does,
-
-    so of the checkpoints the newest.
-    """
+    """Everything a run leaves that must not depend on interruptions; a signal's checkpoint may be one more."""
     files = {}
     for folder in (run / "data", run / "bundle", max((run / "checkpoints").iterdir())):
         files[folder.name] = json.loads((folder / MANIFEST).read_text())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import threading
 from itertools import pairwise
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -171,15 +171,18 @@ def test_a_signal_is_heeded_while_pieces_are_learned():
     def handle(*_):
         raise KeyboardInterrupt
 
-    before, never = signal.signal(signal.SIGALRM, handle), threading.Event()
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    random = Random(1)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    lines = [" ".join("".join(random.choices(letters, k=8)) for _ in range(10)) for _ in range(40_000)]
+    before, learned = signal.signal(signal.SIGALRM, handle), []
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
     try:
         with pytest.raises(KeyboardInterrupt):
-            _interruptible(never.wait)
+            learned.append(train_tokenizer("sentencepiece", lines, TokenizerOptions(size=4000)))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        never.set()
         signal.signal(signal.SIGALRM, before)
+    assert not learned
 
 
 def test_what_goes_wrong_in_the_thread_that_learns_pieces_is_told():

@@ -10,6 +10,8 @@ import shutil
 import struct
 import termios
 import threading
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -298,17 +300,15 @@ def test_a_terminal_shows_as_much_of_the_cost_as_it_has_room_for(monkeypatch, co
             notes.append(note)
 
     monkeypatch.setattr(console, "interactive", lambda: True)
-    monkeypatch.setenv("COLUMNS", str(columns))
-    now = iter([0.0, 1.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(console, "columns", lambda: columns)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 1.0]))))
     cost = ["38% of ceiling", "0.1% padding", "12.00 to pay"]
     progress.TrainingProgress(Bar(), 10, 0, lambda: cost).progress(1, 2.0, 1000, None)
     assert notes == [shown]
 
 
 def test_where_there_is_no_terminal_every_line_tells_the_cost(monkeypatch, capsys):
-    now = iter([0.0, 31.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=partial(next, iter([0.0, 31.0]))))
     shown = progress.TrainingProgress(console._Quiet(), 11, 0, lambda: ["38% of ceiling", "12.00 to pay"])
     shown.progress(1, 2.0, 3100, 0.5)
     told = "update 1 of 11  loss 2.000  100 tokens/s  best 0.5  5 min left  38% of ceiling  12.00 to pay"

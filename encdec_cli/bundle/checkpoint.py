@@ -123,11 +123,11 @@ def steps(folder: Path) -> list[int]:
 
 
 def models(folder: Path) -> set[str]:
-    """Return the folders below `bundles/` that the checkpoints below `folder` refer to."""
+    """Return the folders below `bundles/` that the checkpoints below `folder` refer to, those set aside too."""
     wanted = set()
-    for step in steps(folder):
+    for path in (*(folder / step_name(step) for step in steps(folder)), *folder.glob(f"step_*{_DAMAGED}")):
         try:
-            progress = _progress(folder / step_name(step))[0]
+            progress = _progress(path)[0]
         except BundleError:
             continue  # `newest` says so when the time comes
         wanted |= {progress.model, *map(step_name, progress.kept)}
@@ -147,7 +147,7 @@ def newest_facts(folder: Path) -> dict[str, Any] | None:
 def recover(folder: Path) -> None:
     """Bring in order what a killed process left unfinished below `folder`. Call it under the lock of the run."""
     if folder.is_dir():
-        for name in {path.name.split(".")[0] for path in folder.iterdir() if "." in path.name}:
+        for name in {path.name.rpartition(".tmp-")[0] for path in folder.iterdir() if ".tmp-" in path.name}:
             atomic.recover(folder / name)
 
 
@@ -169,15 +169,17 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
             atomic.verify(path)
         except BundleError as error:
             reasons.append(str(error))
-            warn(f"checkpoint {path.name} is passed over, and kept as {path.name}{_DAMAGED} for now: {error}")
             continue
         _progress(path)
-        for damaged in found[len(found) - len(reasons) :]:
-            atomic.set_aside(folder / step_name(damaged), folder / f"{step_name(damaged)}{_DAMAGED}")
+        for damaged, reason in zip(reversed(found), reasons, strict=False):
+            name = step_name(damaged)
+            warn(f"checkpoint {name} is passed over, and kept as {name}{_DAMAGED} for now: {reason}")
+            atomic.set_aside(folder / name, folder / f"{name}{_DAMAGED}")
         return step
     if found:
         raise BundleError(
-            f"{folder}: no checkpoint is whole ({reasons[0]}); delete the folder of the run to start again."
+            f"{folder}: no checkpoint is whole ({reasons[0].rstrip('.')}); try again if the disk has failed for a "
+            "moment, else delete the folder of the run to start anew."
         )
     return None
 

@@ -2,11 +2,12 @@
 
 runs/mt/
   data/                 what `preprocess` made
-  checkpoints/step_N/   all that resuming needs
+  checkpoints/step_N/   all that resuming needs; what could not be read is `step_N.damaged` until the run has passed it
   bundles/step_N/       models that scored best, kept for use and for averaging
   bundle -> bundles/…   the model to use: the best one of the newest checkpoint
   log.jsonl             one JSON object a line
   tensorboard/          the same for TensorBoard, where the recipe asks for it
+  spent.json            time, energy and money, of all starts; in a model's folder as it was then
   run.json              what the run is made of, written when it starts or goes on
   room-N.json           how large a micro-batch may be, where memory was not enough for one that processes share
   lock                  who is writing here
@@ -72,6 +73,9 @@ def _hold(run: Path) -> int:
         except BlockingIOError:
             raise _in_use(run, os.read(descriptor, 1000).decode(errors="replace").strip()) from None
         except OSError as error:
+            with suppress(OSError):  # nobody can hold it
+                (run / "lock").unlink()
+                run.rmdir()
             raise ResourceError(
                 f"{run}: this file system gives no locks ({error.strerror or error}); choose another --output."
             ) from error

@@ -118,8 +118,8 @@ def main() -> NoReturn:
         _discard_stdout()
         code = code or _report(error, debug)
     if any(thread.daemon for thread in threading.enumerate()):
-        # One still waits for stdin. Python would end it by force as its last act, and with C++ libraries in the
-        # process that now and then aborts.
+        # One still waits for stdin, or learns pieces. Python would end it by force as its last act, and with C++
+        # libraries in the process that now and then aborts.
         if sys.stderr is not None:
             sys.stderr.flush()
         os._exit(code)

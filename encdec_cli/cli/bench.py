@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -49,9 +50,9 @@ def bench(
     """Measure this machine; with RECIPE how fast it trains and decodes, with --model what quality costs in speed.
 
     RECIPE trains for some seconds on its data, which it prepares if need be; nothing of that is kept. The model of its
-    run, if it has one, or --model decodes lines of its test split by every combination of beam, precision, batch and
-    workers, and the fastest setting is recommended whose score is at most --within points below the best, or with
-    --at-least the best that is fast enough.
+    run as it is, if there is one, or --model decodes lines of its test split by every combination of beam, precision,
+    batch and workers, and the fastest setting is recommended whose score is at most --within points below the best, or
+    with --at-least the best that is fast enough.
     """
     from encdec_cli.training.machine import add_in_order, check_device, use_threads
 
@@ -62,11 +63,12 @@ def bench(
     found: dict[str, Any] = {"machine": _machine(device)}
     if recipe is not None:
         found["training"] = _training(recipe, overrides or [], output, device, plugin or [], seconds)
-        model = model or _trained(recipe, output)
-    if model is not None:
-        grid = (beam_widths, batch_sizes, lines)
-        points, metric = _generation(model, device, plugin or [], grid)
-        found["generation"] = _rated(points, metric, within, at_least)
+    with _told() if model is None else nullcontext():
+        model = model or (_trained(recipe, output) if recipe else None)
+        if model is not None:
+            grid = (beam_widths, batch_sizes, lines)
+            points, metric = _generation(model, device, plugin or [], grid)
+            found["generation"] = _rated(points, metric, within, at_least)
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n\n".join(_tables(found)))
 
 
@@ -137,6 +139,18 @@ def _training(
         "gflops": round(pace.flops_per_second / 1e9, 1),
         "mfu": round(pace.flops_per_second / ceiling, 4),
     }
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Say an error and go on: what was measured before is printed all the same."""
+    from encdec_cli.cli import console
+    from encdec_cli.errors import EncdecError
+
+    try:
+        yield
+    except EncdecError as error:
+        console.say(f"the speed of generation is not measured: {error}")
 
 
 def _trained(recipe: Path, output: Path | None) -> Path | None:
@@ -225,7 +239,7 @@ def _tables(found: dict[str, Any]) -> list[str]:
         rows = [["precision", "beam", "batch", "workers", "lines/s", told["metric"], ""]]
         for one in told["settings"]:
             recommended = {key: one[key] for key in told["recommended"]} == told["recommended"]
-            note = f"recommended: {told['why']}" if recommended else "*" * one["front"]
+            note = " ".join(filter(None, ["*" * one["front"], f"recommended: {told['why']}" if recommended else ""]))
             rows.append(
                 [*(str(one[key]) for key in rows[0][:4]), f"{one['lines_per_second']:.1f}", f"{one['score']:.2f}", note]
             )

@@ -61,11 +61,11 @@ def chat(
         if len(turns) > kept and not told:
             told, lost = True, len(turns) - kept
             what = (
-                "the first turn of this conversation no longer fits"
+                "turn of this conversation no longer fits"
                 if lost == 1
-                else (f"the first {lost} turns of this conversation no longer fit")
+                else f"{lost} turns of this conversation no longer fit"
             )
-            console.say(f"{what}; from here on the oldest ones are forgotten")
+            console.say(f"the first {what}; from here on the oldest ones are forgotten")
         asked.append([task.from_record({"turns": turns[-kept:]})])
         result = next(answers)
         if result.truncated:

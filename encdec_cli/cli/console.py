@@ -54,6 +54,14 @@ def interactive() -> bool:
     return sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
 
+def columns() -> int:
+    """Return how wide the terminal on stderr is; 80 if there is none."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 80
+
+
 class Bar(Protocol):
     """Shows how far a piece of work is."""
 

@@ -125,7 +125,7 @@ def _resampling(test: Test, score_only: bool, baseline: Path | None) -> Resampli
     usual = Resampling()
     seed = os.environ.get("SACREBLEU_SEED") or str(usual.seed)
     if not seed.isdecimal():
-        raise UsageError(f"SACREBLEU_SEED: expected a whole number, found '{seed}'; it seeds intervals and tests.")
+        raise UsageError(f"SACREBLEU_SEED: expected a whole number from 0 on, found '{seed}'; it seeds all draws.")
     resamples = 0 if score_only and baseline is None else usual.resamples
     return Resampling(test=test.value, resamples=resamples, seed=int(seed))
 
@@ -236,6 +236,8 @@ def _examples(bundle: Bundle, source: Path | None) -> list[Example]:
     try:
         examples = list(bundle.recipe.data.config.read("test"))
     except DataError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
         raise DataError(
             f"{str(error).rstrip('.')}; the model's recipe names its test split (data.test) from the folder in which "
             "it was trained: go there, or give --source and --reference."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def _written(number: int) -> str:
-    return "the lines before this one have been written." if number > 1 else "it is the first line."
+    return "; the lines before this one have been written." if number > 1 else "."
 
 
 @dataclass
@@ -104,7 +104,7 @@ def _examples(reader: Reader, file: Path | None, report: LineReport) -> Iterator
                 reason = f"not a record this task can read ({reason})"
             if isinstance(error, json.JSONDecodeError):
                 reason += "; a line that begins with { must be a JSON object"
-            raise DataError(f"{file or 'stdin'}:{number}: {reason}; {_written(number)}") from error
+            raise DataError(f"{file or 'stdin'}:{number}: {reason}{_written(number)}") from error
 
 
 @contextmanager
@@ -116,7 +116,7 @@ def named_lines(file: Path | None) -> Iterator[None]:
         yield
     except LineError as error:
         what = error.what.rstrip(".")
-        raise DataError(f"{file or 'stdin'}:{error.line}: {what}; {_written(error.line)}") from error
+        raise DataError(f"{file or 'stdin'}:{error.line}: {what}{_written(error.line)}") from error
 
 
 def _is_object(line: str) -> bool:

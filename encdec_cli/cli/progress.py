@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 
@@ -37,7 +36,7 @@ class TrainingProgress:
         best = "" if score is None else f"  best {score:.4g}"
         note = f"loss {self._loss:.3f}  {speed:,.0f} tokens/s{best}"
         if console.interactive():
-            room = shutil.get_terminal_size().columns - _BAR
+            room = console.columns() - _BAR
             for words in self._cost():
                 note += f"  {words}" if len(note) + len(words) + 2 <= room else ""
             self._bar.update(step, note)

@@ -23,7 +23,8 @@ def watch(
     """Show how a run stands: state, loss, speed, time left, cost, scores, last checkpoint, and what is alarming.
 
     Reads the run's folder alone and never writes there, so it may look at a run of another user or machine. On a
-    terminal it looks again every two seconds until the run ends.
+    terminal it looks again every two seconds until the run ends; whether one on another machine still runs it cannot
+    know, so it looks until that one has finished.
     """
     import shutil
     import sys

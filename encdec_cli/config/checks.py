@@ -71,20 +71,21 @@ def _dataclass(value: SectionModel, parts: dict[str, Node], node: Node, path: st
     while True:
         try:
             made = value.schema_class(**inside)
+            return made if len(mistakes) == before else None
         except (ValueError, EncdecError) as error:
-            key, what = _about(str(error).rstrip("."), inside)
+            key, what = about(str(error), inside)
             if key:
                 mistakes.add(parts[key].place, f"{path}{dot}{key}", what)
                 del inside[key]  # what is wrong with the other keys it tells without this one
-                if not required(keys(value.schema_class)[key]):
-                    continue
-            if len(mistakes) == before:
+            elif len(mistakes) == before:
                 mistakes.add(node.key, path, what)
-        return made if len(mistakes) == before else None
+            if not key or required(keys(value.schema_class)[key]):
+                return None
 
 
-def _about(sentence: str, keys: Collection[str]) -> tuple[str, str]:
+def about(sentence: str, keys: Collection[str]) -> tuple[str, str]:
     """Return which of the keys a sentence is about, the one that it begins with, and the rest; else all of it."""
+    sentence = sentence.rstrip(".")
     match = re.match(r"(\w+)(?:: | is )", sentence)
     return (match[1], sentence[match.end() :]) if match and match[1] in keys else ("", sentence)
 

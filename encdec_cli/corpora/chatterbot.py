@@ -32,9 +32,9 @@ class Chatterbot(Corpus):
     language: str = "english"
     """Folder of the package's data."""
 
-    def __post_init__(self) -> None:
-        if find_spec(_MODULE) is not None:
-            self._folder()
+    def check(self) -> None:
+        """Raise UsageError for an unknown language, and without the package."""
+        self._folder()
 
     def read(self, split: str) -> Iterator[Example]:
         """Yield an example for every turn but the first of each conversation."""
@@ -62,7 +62,7 @@ class Chatterbot(Corpus):
     def _folder(self) -> Path:
         spec = find_spec(_MODULE)
         if spec is None or not spec.submodule_search_locations:
-            raise UsageError("data: the corpus 'chatterbot' needs an extra: pip install 'encdec-cli[corpora]'.")
+            raise UsageError("the corpus 'chatterbot' needs an extra: pip install 'encdec-cli[corpora]'.")
         data = Path(spec.submodule_search_locations[0]) / "data"
         known = sorted(path.name for path in data.iterdir() if path.is_dir()) if data.is_dir() else []
         if self.language not in known:

@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -58,12 +57,13 @@ class Cldr(Corpus):
         for name, value in (("pairs", self.pairs), ("valid", self.valid), ("test", self.test)):
             if value < 0:
                 raise UsageError(f"{name}: {value} must be 0 or more.")
-        if find_spec("babel") is not None:
-            for name in ("source", "target"):
-                _locale(name, vars(self)[name])
         # Not fields: they are no keys of a recipe. The stream is drawn from as far as somebody reads.
         self._drawn: list[Example] = []
         self._stream: Iterator[Example] | None = None
+
+    def check(self) -> None:
+        """Raise UsageError for an unknown locale, and without Babel."""
+        self._localised()
 
     def read(self, split: str) -> Iterator[Example]:
         """Yield the pairs of a split; `record` has the kind. Raises UsageError for an unknown locale."""
@@ -102,7 +102,7 @@ class Cldr(Corpus):
         try:
             from encdec_cli.corpora.expressions import kinds  # noqa: PLC0415 needs an extra
         except ImportError as error:
-            raise UsageError("data: the corpus 'cldr' needs an extra: pip install 'encdec-cli[corpora]'.") from error
+            raise UsageError("the corpus 'cldr' needs an extra: pip install 'encdec-cli[corpora]'.") from error
         source, target = _locale("source", self.source), _locale("target", self.target)
         return source, target, kinds(source, target)
 

@@ -30,6 +30,9 @@ class Corpus:
     def fingerprint(self) -> str:
         """Return a text that changes when the content may have changed; cheap to make."""
 
+    def check(self) -> None:
+        """Raise UsageError, which begins with the key, for what reading needs and a model in use does not."""
+
     def symbols(self) -> tuple[str, ...]:
         """Return strings of sources or targets, such as a tag, for which tokenizers keep one token each."""
         return ()

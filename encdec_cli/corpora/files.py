@@ -40,7 +40,7 @@ class SplitFiles:
 
     def __post_init__(self) -> None:
         if self.tsv and self.jsonl:
-            raise UsageError("jsonl: a split has tsv or jsonl, not both.")
+            raise UsageError("a split has tsv or jsonl, not both.")
         if self.source == "":
             self._name_sides()
         if self.target == "":

@@ -53,7 +53,6 @@ def prepare(
         DataError: if a split has examples but none that can be used, training has none at all, an example is
             too long and `too_long` is `stop`, or the corpus differs from one reading to the next.
     """
-    atomic.recover(folder)
     with atomic.new_folder(folder) as temporary:
         read, tokenizers = _train_tokenizers(task, corpus, text)
         say(f"read {read:,} training examples; {_vocabularies(tokenizers)}")

@@ -36,8 +36,8 @@ class Diverse(Beam):
         super().__post_init__()
         if self.groups < 0 or (self.groups and self.beam % self.groups):
             raise ValueError(
-                f"groups is {self.groups} and beam {self.beam}; the beam must be a multiple of the groups "
-                "(0 is a group for each hypothesis)."
+                f"the beam must be a multiple of the groups, but {self.beam} is none of {self.groups} "
+                "(0 groups are one for each hypothesis)."
             )
         if not 0 <= self.diversity_strength <= MOST_NATS:
             raise ValueError(

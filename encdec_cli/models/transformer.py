@@ -91,9 +91,9 @@ class Transformer(Model):
                 if type(field.default) is float and not 0 <= value < 1:
                     raise ValueError(f"{field.name}: {value} must be at least 0 and below 1")
             if self.d_model % self.heads:
-                raise ValueError(f"d_model: {self.d_model} must be a multiple of heads ({self.heads})")
+                raise ValueError(f"d_model ({self.d_model}) must be a multiple of heads ({self.heads})")
             if self.positions == "sinusoidal" and self.d_model % 2:
-                raise ValueError(f"d_model: {self.d_model} must be even with sinusoidal positions")
+                raise ValueError(f"d_model ({self.d_model}) must be even with sinusoidal positions")
             if self.positions == "rotary" and (self.d_model // self.heads) % 2:
                 raise ValueError(
                     f"d_model / heads ({self.d_model} / {self.heads} = {self.d_model // self.heads}) must be even "

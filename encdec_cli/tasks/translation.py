@@ -36,9 +36,8 @@ class Translation(Task):
             raise UsageError("tag: needs target_language, the language the tag names.")
         for code in codes:
             if not code or not code.replace("-", "").replace("_", "").isalnum():
-                raise UsageError(
-                    f"task.target_language: '{code}' is no language code; expected one such as de or pt-BR."
-                )
+                key = "target_language" if code == self.target_language else "languages"
+                raise UsageError(f"{key}: '{code}' is no language code; expected one such as de or pt-BR.")
 
     def _codes(self) -> list[str]:
         return [code for code in dict.fromkeys([self.target_language, *self.languages]) if code]

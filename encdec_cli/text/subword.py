@@ -23,8 +23,6 @@ _PIECE_OF_LINE = 4000
 # The share of the characters that get a piece; the rest is spelled in bytes.
 _COVERAGE = 0.9995
 _FATAL_ONLY = 3
-_HEED_EVERY = 0.05
-"""Seconds between two looks for signals while pieces are learned."""
 
 
 class SentencePiece:
@@ -127,8 +125,7 @@ def _interruptible(work: Callable[[], object]) -> None:
     # A daemon, for which an interrupted process does not wait when it leaves.
     thread = threading.Thread(target=done, daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_HEED_EVERY)
+    thread.join()
     if raised:
         raise raised[0]
 

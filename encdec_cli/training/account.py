@@ -7,6 +7,7 @@ killed one did after its last checkpoint is paid for too, and told as repeated.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,12 @@ class Account:
         self.energy = EnergyMeter(device)
         self.ceiling = 0.0
         """FLOPs a second of large matrix products; 0 before it is measured."""
-        self.spent = self._before()
+        self.spent = self._before(progress)
         self._begin = self._last = time.perf_counter()
         self._cpu_seconds = time.process_time()
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
 
-    def _before(self) -> dict[str, Any]:
+    def _before(self, progress: Progress) -> dict[str, Any]:
         if not self.path.exists():
             return dict(_NOTHING)
         try:
@@ -83,7 +84,10 @@ class Account:
         except BundleError:
             found = None
         told = found if isinstance(found, dict) else {}
-        return _NOTHING | {name: told[name] for name in _NOTHING if isinstance(told.get(name), int | float)}
+        known = {name: value for name in _NOTHING if isinstance(value := told.get(name), int | float)}
+        if not all(map(math.isfinite, known.values())) or "seconds" not in known:
+            return dict(_NOTHING)
+        return _NOTHING | {"flops": progress.flops} | known  # of before they were counted here: those of the updates
 
     def clock(self, progress: Progress) -> dict[str, Any]:
         """Note what was spent since the last call; return all that the log tells of time and money."""

@@ -52,7 +52,7 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     for key, why in _idle(recipe):
         say(f"note: {key} does nothing {why}")
     train = recipe.train
-    if train.warmup >= train.steps and train.schedule != "constant":
+    if train.warmup > train.steps:
         say(f"note: train.warmup: {train.warmup} of {train.steps} updates, so train.rate is never reached")
 
 

@@ -11,9 +11,11 @@ from encdec_cli import atomic
 from encdec_cli.bundle.run import data_folder
 from encdec_cli.corpora.synthetic import Synthetic
 from encdec_cli.data.prepare import Prepared, is_current, prepare
+from encdec_cli.errors import UsageError
 from encdec_cli.recipe import DATA_SECTIONS, Recipe, fingerprint
 
 if TYPE_CHECKING:
+    from encdec_cli.models.model import Model
     from encdec_cli.training.distributed import Ranks
 
 
@@ -57,3 +59,13 @@ def _accept(recipe: Recipe, run: Path, data_hash: str) -> None:
         from encdec_cli.training import resume  # noqa: PLC0415 - it needs torch, `preprocess` does not
 
         resume.check_data(recipe, data_hash, run)
+
+
+def check_lengths(data: Prepared, model: Model) -> None:
+    """Raise UsageError if an example to learn from or to validate with is too long for the model."""
+    longest, most = data.longest("train", "valid"), model.max_positions
+    if most is not None and longest > most:
+        raise UsageError(
+            f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
+            "it, or lower text.max_source and text.max_target."
+        )

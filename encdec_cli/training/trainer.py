@@ -25,13 +25,14 @@ from encdec_cli.data.bands import Ints
 from encdec_cli.data.batch import Batch
 from encdec_cli.data.prepare import Prepared
 from encdec_cli.data.sampler import Sampler
-from encdec_cli.errors import NonFiniteError, UsageError
+from encdec_cli.errors import NonFiniteError
 from encdec_cli.generation.flags import usual_ratios
 from encdec_cli.recipe import Recipe, Train
 from encdec_cli.registry import Plugin
 from encdec_cli.training import flops, nonfinite, precision, resume
 from encdec_cli.training.account import Account, work
 from encdec_cli.training.compiling import compiles
+from encdec_cli.training.data import check_lengths
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.feed import Feed
 from encdec_cli.training.initial import take_weights
@@ -96,7 +97,7 @@ class Trainer:
         self.sampler = self.sampler_of(int(self.train.tokens))  # `auto` has been settled
         self.say_own = setting.say_own or setting.say
         self.layout = make_layout(setting.recipe, self.ranks, setting.run, self.say_own)
-        self._check_lengths()
+        check_lengths(setting.data, model)
         chosen = precision.choose(self.train.precision, setting.device)
         self.bundle = Bundle(setting.recipe, model, source, target, plugins=setting.plugins)
         compiled = compiles(setting.recipe, model, setting.device)
@@ -188,15 +189,6 @@ class Trainer:
         self.model.compile_layers()
         for batch in (largest, largest.take(0, 1)):  # with one row some sums are another program
             list(self.gradients.of([batch], 1.0, 0))
-
-    def _check_lengths(self) -> None:
-        """Refuse examples too long for the model."""
-        longest, most = self.setting.data.longest("train", "valid"), self.model.max_positions
-        if most is not None and longest > most:
-            raise UsageError(
-                f"model.max_positions: {most} positions, but the longest example has {longest} tokens; raise "
-                "it, or lower text.max_source and text.max_target."
-            )
 
     def sampler_of(self, tokens: int) -> Sampler:
         """Return the order of micro-batches of so many tokens each."""
@@ -329,7 +321,11 @@ class Trainer:
 
     def _finish(self) -> None:
         weights = self.layout.weights(self.model, self.optimizer, self.bundle.model)
-        finish = partial(self.keeper.finish, self.bundle, self.progress, weights)
+
+        def finish() -> bool:
+            self._spend()
+            return self.keeper.finish(self.bundle, self.progress, weights)
+
         if self._let_first("the end of training", finish):
             self._unsaved = self.progress.finished = True
 
@@ -344,9 +340,14 @@ class Trainer:
         return result
 
     def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self.account.clock(self.progress))
-        self.bundle.spent = self.account.told()
+        self.log.write(self.progress.step, event, fields, self._spend())
         self.progress.log_lines += 1
+
+    def _spend(self) -> dict[str, Any]:
+        """Note what was spent, for the models that will be kept too; return the log's `clock`."""
+        clock = self.account.clock(self.progress)
+        self.bundle.spent = self.account.told()
+        return clock
 
     def _save(self) -> None:
         state = self.optimizer.state() | {

@@ -107,8 +107,9 @@ def signals(bench: Bench) -> Iterator[Result]:
         while command.code() is None and _lines(run) < lines:
             time.sleep(0.002)
         time.sleep(chance.random() * (0.4 if lines == 0 else 0.05))
+        ended = command.code() is not None
         command.send(number)
-        wrong = spoken(command, (0, code, -number))  # it had ended, or had not begun to listen
+        wrong = spoken(command, (0,) if ended else (code, -number) if lines == 0 else (code,))  # before it listened
         yield f"{signal.Signals(number).name} at moment {moment}", wrong or bench.finish(run, *RUN)
 
 
