@@ -50,7 +50,7 @@ from encdec_cli.models.transformer import Transformer
 from encdec_cli.registry import models
 from encdec_cli.training.trainer import Trainer
 
-seen = {"update": 0, "layer": 0, "backward": 0, "judge": 0, "save": 0}
+seen = {"start": 0, "update": 0, "layer": 0, "backward": 0, "judge": 0, "save": 0}
 updating = []
 
 
@@ -97,6 +97,7 @@ class Faulty(Transformer):
 
     def __init__(self, *arguments):
         super().__init__(*arguments)
+        perhaps("start")
         self.decoder[0].feed_forward.register_forward_hook(in_layer)
 
     def can_pack(self, dtype, device):
@@ -399,6 +400,8 @@ HARMS = {
 PLACES = ("update:1", "update:9", "update:24", "judge:1", "save:2")
 SLOW = pytest.mark.slow
 SAMPLE = {(1, "update:9", "kill"), (1, "update:9", "stop"), (1, "update:9", "raise")}
+# Before the first update the first one prepares the data, as long as it likes if it lives.
+START = [(0, "start:1", "kill"), (0, "start:1", "stop"), *((1, "start:1", harm) for harm in ("kill", "stop", "sleep"))]
 CASES = [
     case
     for case in itertools.product((0, 1), PLACES, HARMS)
@@ -408,7 +411,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(
-    ("rank", "place", "harm"), [pytest.param(*case, marks=() if case in SAMPLE else SLOW) for case in CASES]
+    ("rank", "place", "harm"), [pytest.param(*case, marks=() if case in SAMPLE else SLOW) for case in START + CASES]
 )
 def test_a_lost_process_is_named_and_the_others_leave_in_time(forks, alone, corpus, tmp_path, rank, place, harm):
     options = (faulty(corpus, tmp_path), *TWO, "parallel.timeout=2", "--output", tmp_path / "run")

@@ -32,7 +32,7 @@ def lost_processes(bench: Bench) -> Iterator[Result]:
     corpus = copy_task(bench.folder / "shared")
     alone = bench.new()
     distributed.trained(bench.forks, 1, corpus, *distributed.TWO, "--output", alone)
-    for rank, place, harm in bench.some(distributed.CASES):
+    for rank, place, harm in bench.some(distributed.START + distributed.CASES):
         folder = bench.new()
         folder.mkdir()
         recipe = distributed.faulty(corpus, folder)
