@@ -103,7 +103,7 @@ def test_the_paired_test_has_sacrebleus_p_value(files, monkeypatch, seed):
 def test_a_seed_that_is_none(files):
     done = encdec("evaluate", files / "hyp", "--metric", "bleu", "-r", files / "ref", SACREBLEU_SEED="x")
     assert done.returncode == 2
-    assert "SACREBLEU_SEED: expected a whole number, found 'x'" in done.stderr
+    assert "SACREBLEU_SEED: expected a whole number from 0 on, found 'x'" in done.stderr
 
 
 def test_files_of_unequal_length_are_refused_with_counts_and_row(files):

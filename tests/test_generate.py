@@ -264,7 +264,7 @@ def test_ctrl_c_leaves_with_130(copy_run):
         (["--strategy", "beam,length_penalti=1"], 2, "did you mean 'length_penalty'?"),
         (["--beam", "0"], 2, "--beam"),
         (["--strategy", "beam,stop=early"], 2, "stop: expected"),
-        (["--strategy", "contrastive", "--beam", "3"], 2, "--strategy contrastive,beam=3: beam is 3"),
+        (["--strategy", "contrastive", "--beam", "3"], 2, "--strategy contrastive,beam=3: beam: 3; contrastive search"),
         (["--strategy", "diverse,beam=4,groups=2", "--beam", "3"], 2, "the beam must be a multiple of the groups"),
         (["--device", "tpu9"], 2, "--device"),
         (["--strategy", "beam,max_length=2y"], 2, "2x+20"),

@@ -352,10 +352,10 @@ def test_no_greatest_length_but_for_learned_positions():
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"d_model": 512, "heads": 7}, r"d_model: 512 must be a multiple of heads \(7\)"),
+        ({"d_model": 512, "heads": 7}, r"d_model \(512\) must be a multiple of heads \(7\)"),
         ({"encoder_layers": 0}, r"encoder_layers: 0 must be at least 1"),
         ({"dropout": 1.0}, r"dropout: 1.0 must be at least 0 and below 1"),
-        ({"d_model": 15, "heads": 3}, r"d_model: 15 must be even"),
+        ({"d_model": 15, "heads": 3}, r"d_model \(15\) must be even"),
         ({"d_model": 12, "heads": 4, "positions": "rotary"}, r"12 / 4 = 3\) must be even"),
     ],
 )
