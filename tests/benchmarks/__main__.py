@@ -8,7 +8,7 @@ import argparse
 import subprocess
 import sys
 
-PLAIN = ["--size", "small", "--without", "transformers,JoeyNMT", "--cores", "2"]
+PLAIN = ["--size", "small", "--without", "transformers,JoeyNMT", "--cores", "2", "--accumulate", "2"]
 
 
 def main() -> None:
