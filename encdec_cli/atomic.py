@@ -113,8 +113,6 @@ def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with disk_errors(path):
         _refuse_foreign(path)
-        # Process ids repeat (in containers at every start): what a killed one of our number left is ours.
-        shutil.rmtree(temporary, ignore_errors=True)
         _sweep(path)
         temporary.mkdir(parents=True)
     try:
@@ -131,7 +129,8 @@ def new_folder(path: Path, loose: Collection[str] = ()) -> Iterator[Path]:
 def _sweep(path: Path) -> None:
     """Delete what dead processes have left of `path`; an older folder that one had moved away comes back."""
     left = _leftovers(path)
-    dead = [one for one, number in left.items() if not _lives(number)]
+    # Process ids repeat (in containers at every start): what a killed one of our number left is ours.
+    dead = [one for one, number in left.items() if number == os.getpid() or not _lives(number)]
     for one in dead:
         _delete(one)
     if len(dead) == len(left) and _aside(path).is_dir() and not path.exists():

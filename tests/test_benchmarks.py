@@ -26,7 +26,7 @@ DATA = os.environ.get("ENCDEC_BENCHMARKS", "")
         ("scan", "scan", "exact", 99.0),
         ("cmudict", "cmudict-g2p", "exact", 65.0),
         ("multi30k", "multi30k-en-de", "bleu", 38.0),
-        ("synopsis", "debian-synopsis", "rouge", 28.0),
+        ("synopsis", "debian-synopsis", "rouge", 29.0),
         ("sgd", "sgd-dialogue", "bleu", 7.5),
     ],
 )

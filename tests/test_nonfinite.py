@@ -71,7 +71,7 @@ def test_it_stops_before_the_update_with_the_batch_and_its_rows(corpus, clean, t
     assert f"from batch {position + 1} of epoch {epoch + 1} (" in said
     assert f"examples {', '.join(str(row + 1) for row in rows[:8])}" in said
     assert "counted from 1 as the corpus has them" in said
-    assert checkpoint.steps(made.checkpoints)[-1] == step - 1
+    assert checkpoint.steps(made.checkpoints) == [saved for saved in (step - 2, step - 1) if saved]
     assert equal(masters(made, step - 1), masters(clean, step - 1))
 
 

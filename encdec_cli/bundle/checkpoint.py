@@ -112,7 +112,7 @@ def drop(folder: Path, keep: int, anchor: int | None = None) -> None:
         if old != anchor:
             atomic.remove_folder(folder / step_name(old))
     for aside in folder.glob(f"step_*{_DAMAGED}"):
-        if found and aside.name <= step_name(found[-1]) + _DAMAGED:
+        if found and aside.stem <= step_name(found[-1]):
             atomic.remove_folder(aside)
 
 

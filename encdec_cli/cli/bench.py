@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +53,8 @@ def bench(
     batch and workers, and the fastest setting is recommended whose score is at most --within points below the best, or
     with --at-least the best that is fast enough.
     """
+    from encdec_cli.cli import console
+    from encdec_cli.errors import EncdecError
     from encdec_cli.training.machine import add_in_order, check_device, use_threads
 
     beam_widths, batch_sizes = _numbers("--beams", beams, 1), _numbers("--batches", batches, 0)
@@ -63,12 +64,15 @@ def bench(
     found: dict[str, Any] = {"machine": _machine(device)}
     if recipe is not None:
         found["training"] = _training(recipe, overrides or [], output, device, plugin or [], seconds)
-    with _told() if model is None else nullcontext():
-        model = model or (_trained(recipe, output) if recipe else None)
-        if model is not None:
-            grid = (beam_widths, batch_sizes, lines)
-            points, metric = _generation(model, device, plugin or [], grid)
+    decoded = model or (_trained(recipe, output) if recipe else None)
+    if decoded is not None:
+        try:
+            points, metric = _generation(decoded, device, plugin or [], (beam_widths, batch_sizes, lines))
             found["generation"] = _rated(points, metric, within, at_least)
+        except EncdecError as error:
+            if model is not None:
+                raise
+            console.say(f"the speed of generation is not measured: {error}")  # what was is printed all the same
     print(json.dumps(found, ensure_ascii=False) if as_json else "\n\n".join(_tables(found)))
 
 
@@ -139,18 +143,6 @@ def _training(
         "gflops": round(pace.flops_per_second / 1e9, 1),
         "mfu": round(pace.flops_per_second / ceiling, 4),
     }
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Say an error and go on: what was measured before is printed all the same."""
-    from encdec_cli.cli import console
-    from encdec_cli.errors import EncdecError
-
-    try:
-        yield
-    except EncdecError as error:
-        console.say(f"the speed of generation is not measured: {error}")
 
 
 def _trained(recipe: Path, output: Path | None) -> Path | None:

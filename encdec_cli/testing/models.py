@@ -263,9 +263,8 @@ def dividing(case: Case) -> None:
 
     if not case.model.can_divide:
         return
-    whole_model = copy.deepcopy(
-        case.model
-    ).double()  # sums of two parts round otherwise than those of one, which norms enlarge
+    # The sums of two parts round otherwise than those of one, which norms enlarge.
+    whole_model = copy.deepcopy(case.model).double()
     whole_model.zero_grad()
     try:
         parts = in_parts(whole_model, 2, learned)

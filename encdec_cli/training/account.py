@@ -29,6 +29,12 @@ _CORE_WATTS = 12.0
 
 Lannelongue, Grealey, Inouye 2021, https://doi.org/10.1002/advs.202100707; its table has 4 to 24 watts.
 """
+_PAID = {
+    "kwh": "{:.3g} kWh",
+    "kwh_estimated": "about {:.3g} kWh",
+    "price": "{:.2f} to pay",
+    "co2_grams": "{:.3g} g CO2",
+}
 _NOTHING = {"seconds": 0.0, "cpu_seconds": 0.0, "updates": 0, "flops": 0, "joules": 0.0}
 
 
@@ -157,7 +163,4 @@ class Account:
 
     def _paid(self) -> list[str]:
         total = self.total()
-        words = [f"{total['kwh']:.3g} kWh"] if "kwh" in total else []
-        words += [f"about {total['kwh_estimated']:.3g} kWh"] if "kwh_estimated" in total else []
-        words += [f"{total['price']:.2f} to pay"] if "price" in total else []
-        return words + ([f"{total['co2_grams']:.3g} g CO2"] if "co2_grams" in total else [])
+        return [words.format(total[name]) for name, words in _PAID.items() if name in total]
