@@ -99,6 +99,7 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]
     found.draw.argtypes, found.draw.restype = [pointer, pointer, number], None
     found.has_product.argtypes, found.has_product.restype = [number], flag
+    found.words_at_once.argtypes, found.words_at_once.restype = [flag], number
     found.attend_in_training.argtypes = [pointer, number, number, flag]
     found.attend_in_training.restype = flag
     found.part.argtypes, found.part.restype = [*[pointer] * 4, *[number] * 4, *[pointer] * 4], flag

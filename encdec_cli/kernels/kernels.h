@@ -36,9 +36,12 @@ void product(const void *x, int64_t rows, const struct matrix *m, const void *ad
 void map_rows(const void *x, int64_t rows, const void *weight, const void *bias, void *out, const struct matrix *m,
               int64_t first, int64_t last, int turned, int bf16);
 
+/* How many words of 4 bytes of every output `map_columns` packs at a time. */
+int64_t words_at_once(int bf16);
+
 /* To out [width, outputs] the product of a [rows, width], turned, and x [rows, outputs], for some panels of outputs; the
  * columns of a are added to sums [width rounded up to 96]. x is packed in m->weights, m->depth words of 4 bytes at a
- * time, between which unfinished sums are kept [width, panels x PANEL]. */
+ * time, a multiple of 16, between which unfinished sums are kept [width rounded up to 32, panels x PANEL]. */
 void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
                  const struct matrix *m, int64_t first, int64_t last, int bf16);
 

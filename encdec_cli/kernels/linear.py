@@ -18,8 +18,8 @@ from encdec_cli.kernels.build import COLUMNS, PANEL, function
 from encdec_cli.kernels.matrix import KINDS, Struct, alike, can_pack, shares, together
 from encdec_cli.kernels.operators import operators as known_operators
 
-_DEPTH = 512
-"""Rows, or in bf16 pairs of rows, of what a gradient is made from that stay in the cache."""
+_TILE = 32
+"""Rows, and columns, that matrix units take at once."""
 
 
 def can_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -76,17 +76,22 @@ def _by_rows(x: Tensor, weight: Tensor, bias: Tensor | None, turned: bool) -> Te
 def _by_weight(outer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     outer, x = outer.reshape(-1, outer.shape[-1]).contiguous(), x.reshape(-1, x.shape[-1]).contiguous()
     (rows, width), outputs, bf16 = outer.shape, x.shape[1], x.dtype == torch.bfloat16
-    at_once = _DEPTH * 4 // x.itemsize
-    matrix, _kept = _room(x.dtype, min(rows, at_once), outputs, False)
-    kept = torch.empty(width * matrix.panels * PANEL if rows > at_once else 0, dtype=torch.float32)
+    at_once = function("words_at_once")(bf16) * 4 // x.itemsize
+    matrix, _kept = _room(x.dtype, min(_whole(rows, _TILE), at_once), outputs, False)
+    kept = torch.empty(_whole(width, _TILE) * matrix.panels * PANEL if rows > at_once else 0, dtype=torch.float32)
     parts = shares(matrix.panels, rows * width * outputs)
-    sums = torch.zeros((len(parts), -(-width // COLUMNS) * COLUMNS), dtype=torch.float32)
+    sums = torch.zeros((len(parts), _whole(width, COLUMNS)), dtype=torch.float32)
     out = x.new_empty((width, outputs))
     given = (outer.data_ptr(), rows, width, x.data_ptr(), out.data_ptr())
     call, place = function("map_columns"), ctypes.addressof(matrix)
     to = [(own.data_ptr(), kept.data_ptr(), place, *part) for own, part in zip(sums, parts, strict=True)]
     together([partial(call, *given, *each, bf16) for each in to])
     return out, sums[0, :width].to(x.dtype)
+
+
+def _whole(count: int, size: int) -> int:
+    """Return how many there are if the last of those sizes is whole, too."""
+    return -(-count // size) * size
 
 
 def _room(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> tuple[Struct, list[Tensor]]:
