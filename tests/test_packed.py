@@ -81,9 +81,9 @@ def test_rows_of_zeros_and_types_are_kept_and_no_nan_is_hidden():
 @kinds
 @settings(max_examples=40, deadline=None)
 @given(
-    count=st.integers(0, 20),
-    inputs=st.sampled_from([32, 96, 256]),
-    outputs=st.sampled_from([1, 15, 16, 63, 64, 65, 200]),
+    count=st.one_of(st.integers(0, 20), st.sampled_from([31, 32, 33, 300])),
+    inputs=st.sampled_from([32, 96, 256, 1120]),
+    outputs=st.sampled_from([1, 15, 16, 63, 64, 65, 200, 1100]),
     bias=st.booleans(),
     seed=st.integers(0, 1000),
 )
@@ -116,10 +116,11 @@ def test_a_row_has_its_bits_in_every_batch_and_with_every_number_of_threads(dtyp
 
 
 @kinds
+@pytest.mark.parametrize("inputs", [32, 64])
 @torch.inference_mode()
-def test_products_may_add_and_cut_off_and_write_nowhere_else(dtype):
+def test_products_may_add_and_cut_off_and_write_nowhere_else(dtype, inputs):
     torch.manual_seed(3)
-    weight, x = torch.randn(70, 32), rows(dtype, 7, 32)
+    weight, x = torch.randn(70, inputs), rows(dtype, 7, inputs)
     one = layer(dtype, weight, None)
     plain = one(x).float()
     for relu in (False, True):
