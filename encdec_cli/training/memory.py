@@ -2,7 +2,8 @@
 
 Loss and gradient of a few rows of the largest micro-batch are computed while every tensor is counted. What is alive at
 the worst moment grows evenly with the positions, of which most rows have equally many, so two such samples tell of the
-whole. On a CPU the C library keeps more than is alive; how much is measured once, on the larger sample.
+whole. On a CPU the C library keeps more than is alive; how much is measured once, on the larger sample. Where processes
+share layers, gloo keeps buffers as large as these; then both samples are measured, to tell what does not grow.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _FEW = 512
 _MORE_HOLES = 1.1
 """The whole batch, over many updates, wastes more than the sample: by how much, as a rule."""
 _MOST_WASTE = 3.0
-"""What a sample tells beyond that is no rule: gloo's buffers stand beside tensors of a few rows."""
+"""What a sample of a tiny model tells beyond that is no rule."""
 _USUAL_WASTE = 0.35
 """Where the system does not tell the peak of a process; measured are 0.1 to 0.45."""
 
@@ -102,7 +103,7 @@ class Forecast:
         phases = (first.forward, second.forward), (first.backward, second.backward)
         peak = max(one + round(further * (other - one)) for one, other in phases)
         device = parameters[0].device
-        waste = self._waste(more, second.peak) if device.type == "cpu" else 0.0
+        always, share = self._waste((few, first.peak), (more, second.peak)) if device.type == "cpu" else (0, 0.0)
         model_bytes = [*model.parameters(), *model.buffers(), *self.copy.parameters(), *self.copy.buffers()]
         state = list(self.optimizer.state().values())
         weights = _bytes(model_bytes)
@@ -119,9 +120,10 @@ class Forecast:
             optimizer=optimizer,
             gradients=sums,
             activations=activations,
-            waste=round(waste * (activations + sums)),
+            waste=always + round(share * (activations + sums)),
             saving=self._whole() if device.type == "cpu" else 0,
-            validation=round((1 + waste) * self.decoding),
+            # Measured: what decodes wastes as much as a sample does, with all that a sample keeps.
+            validation=round((1 + share + always / (together * second.peak)) * self.decoding),
         )
 
     def _positions(self, batch: Batch) -> int:
@@ -143,15 +145,31 @@ class Forecast:
         few = min(rows, max(2, 1 + int((written < tokens).sum())))  # the first two hold the longest sides
         return few, min(rows, 2 * few)
 
-    def _waste(self, batch: Batch, peak: int) -> float:
-        """Return the share by which a process grows beyond what is alive, by computing some micro-batches for real."""
+    def _waste(self, few: tuple[Batch, int], more: tuple[Batch, int]) -> tuple[int, float]:
+        """Return what a process takes beyond what is alive: so many bytes always, and such a share of the rest.
+
+        few, more: samples and the most bytes that are alive with each.
+        """
+        together = self.gradients.workers
+        small = None if self.copy is self.gradients.model else self._beyond(*few)
+        large = self._beyond(*more)
+        if large is None:
+            return 0, _USUAL_WASTE
+        if small is None:
+            always, share = 0, large / (together * more[1])
+        else:
+            share = max(0.0, (large - small) / max(1, together * (more[1] - few[1])))
+            always = max(0, round(large - share * together * more[1]))
+        return always, min(_MOST_WASTE, max(0.0, _MORE_HOLES * share))
+
+    def _beyond(self, batch: Batch, peak: int) -> int | None:
+        """Return by how many bytes a process grows beyond what is alive, by computing some micro-batches for real."""
         together = self.gradients.workers
         before = reset_peak()
         for _ in range(2):  # the second time finds holes that the first one left
             for _ in self.gradients.of([batch] * together, 1.0, 0):
                 pass
-        grown = peak_resident() - before if before else 0
-        return min(_MOST_WASTE, max(0.0, _MORE_HOLES * (grown / (together * peak) - 1))) if grown else _USUAL_WASTE
+        return peak_resident() - before - together * peak if before else None
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
