@@ -270,7 +270,7 @@ def forecast(model, load, accumulate: int = 1, dtype: torch.dtype = torch.float3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, checkpointing):
-    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.5)
+    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: (0, 0.5))
     monkeypatch.setattr(memory, "chunk_of", lambda _device: 300 * VOCAB)
     model = transformer(attention_dropout=0.1)
     model.checkpointing = checkpointing
@@ -295,6 +295,20 @@ def test_a_few_rows_tell_what_the_whole_batch_keeps_alive(monkeypatch, dtype, ch
     assert found.total == found.program + found.weights + found.optimizer + found.growth
 
 
+def test_what_gathering_keeps_does_not_grow_with_the_batch(monkeypatch):
+    def load(rows):
+        return collate([[5] * 17 for _ in rows], [[6] * 23 for _ in rows], rows.tolist())
+
+    alone = forecast(transformer(), load)
+    monkeypatch.setattr(memory.Forecast, "_beyond", lambda _self, _batch, peak: 50_000_000 + peak // 4)
+    found = alone.need(np.arange(160))
+    assert found.waste == 3 * (found.activations + found.gradients)  # no rule: the sample is tiny
+    monkeypatch.setattr(memory, "held", lambda parameter: parameter.detach())  # as if it were shared out
+    found = alone.need(np.arange(160))
+    grows = (found.activations + found.gradients) / 4
+    assert found.waste == pytest.approx(1.1 * (50_000_000 + grows), rel=1e-6)
+
+
 def setting(recipe: Path, run: Path, *overrides: str) -> Setting:
     from encdec_cli.training.data import prepared_data
 
@@ -316,7 +330,7 @@ def test_a_few_short_outputs_tell_what_decoding_keeps_alive(recipe, tmp_path, ch
 
 
 def test_decoding_is_part_of_what_a_run_needs_if_there_is_any(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.5)
+    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: (0, 0.5))
     made = partial(setting, recipe, tmp_path / "run", "train.threads=1", "train.tokens=64")
     trainer = Trainer(made())
     found = need(trainer)
@@ -328,7 +342,7 @@ def test_decoding_is_part_of_what_a_run_needs_if_there_is_any(recipe, tmp_path, 
 
 def test_the_largest_budget_that_fits(recipe, tmp_path, monkeypatch):
     wanted = setting(recipe, tmp_path / "run", "train.tokens=auto", "train.threads=1")
-    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: 0.3)
+    monkeypatch.setattr(memory.Forecast, "_waste", lambda *_: (0, 0.3))
     monkeypatch.setattr(budget, "_FIRST", 128)
     judge = Trainer(settle_with(wanted, 128))
     free = int(need(judge, 640).growth / budget._SHARE) + 1

@@ -3,7 +3,7 @@
 Loss and gradient of a few rows of the largest micro-batch are computed while every tensor is counted. What is alive at
 the worst moment grows evenly with the positions, of which most rows have equally many, so two such samples tell of the
 whole. On a CPU the C library keeps more than is alive; how much is measured once, on the larger sample. Where processes
-share layers, gloo keeps buffers as large as these; then both samples are measured, to tell what does not grow.
+gather weights, gloo keeps buffers as large as these; then both samples are measured, to tell what does not grow.
 """
 
 from __future__ import annotations
@@ -151,16 +151,19 @@ class Forecast:
         few, more: samples and the most bytes that are alive with each.
         """
         together = self.gradients.workers
-        small = None if self.copy is self.gradients.model else self._beyond(*few)
+        small = None
+        if any(held(parameter) is not parameter for parameter in self.gradients.parameters):
+            self._beyond(*few)  # the first time more is allocated
+            small = self._beyond(*few)
         large = self._beyond(*more)
         if large is None:
             return 0, _USUAL_WASTE
         if small is None:
-            always, share = 0, large / (together * more[1])
+            always, share = 0.0, large / (together * more[1])
         else:
             share = max(0.0, (large - small) / max(1, together * (more[1] - few[1])))
-            always = max(0, round(large - share * together * more[1]))
-        return always, min(_MOST_WASTE, max(0.0, _MORE_HOLES * share))
+            always = max(0.0, large - share * together * more[1])
+        return round(_MORE_HOLES * always), min(_MOST_WASTE, max(0.0, _MORE_HOLES * share))
 
     def _beyond(self, batch: Batch, peak: int) -> int | None:
         """Return by how many bytes a process grows beyond what is alive, by computing some micro-batches for real."""
