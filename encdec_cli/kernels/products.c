@@ -145,7 +145,7 @@ INLINE void multiply(const void *x, int64_t rows, const struct matrix *m, const 
     if (by_units && kind == BFLOATS && block < LEAST) block = LEAST;
 #endif
     if (block > rows) block = rows;
-    int32_t levels[kind == LEVELS ? block * m->depth : 1];
+    int32_t levels[kind == LEVELS ? block * m->depth : 1] __attribute__((aligned(64)));
     float scales[kind == LEVELS ? block : 1];
     for (int64_t start = 0; start < rows; start += block) {
         int64_t end = start + block < rows ? start + block : rows;
