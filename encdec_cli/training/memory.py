@@ -143,7 +143,7 @@ class Forecast:
             tokens = min(_FEW, total // 4)
         rows = len(batch.rows)
         few = min(rows, max(2, 1 + int((written < tokens).sum())))  # the first two hold the longest sides
-        return few, min(rows, 2 * few)
+        return few, min(rows, 3 * few)
 
     def _waste(self, few: tuple[Batch, int], more: tuple[Batch, int]) -> tuple[int, float]:
         """Return what a process takes beyond what is alive: so many bytes always, and such a share of the rest.
