@@ -184,8 +184,8 @@ static void columns_by_tiles(const void *a, int64_t rows, int64_t width, const v
             gather_tiles(at(a, start * width, 1), end - start, width, block, depth, gathered, sums + block);
             struct tiles lines = gathered_tiles(gathered);
             for (int64_t half = 2 * first; half < 2 * last && half * HALF < m->outputs; half++) {
-                struct outputs o[2] = {{.place = half * HALF}, {.place = half * HALF + LANES}};
-                for (int v = 0; v < 2; v++) o[v].mask = mask_of(m->outputs - o[v].place);
+                struct outputs o[2];
+                for (int v = 0; v < 2; v++) o[v] = outputs_from(m, half * HALF + v * LANES, BFLOATS);
                 /* Sums of a group of columns and of half a panel lie together. */
                 ints(*sum)[2] = (ints(*)[2])kept + (block * 2 * m->panels + half * GROUP);
                 if (start == 0 && end == rows) sum = done;

@@ -99,16 +99,16 @@ INLINE void gather_rows(const int32_t *x, int64_t apart, int64_t rows, int64_t w
 /* The same of any number of rows and some panels, by the matrix units; the depth is a multiple of 16. */
 INLINE void tile_rows(const int32_t *x, int64_t rows, const float *scales, const struct matrix *m, const void *added,
                       void *out, int64_t first, int64_t last, int relu, int bf16, int kind) {
-    int64_t groups = (rows + GROUP - 1) / GROUP, all = (m->outputs + HALF - 1) / HALF;
-    if (all > 2 * last) all = 2 * last;
-    int64_t halves = all - 2 * first < MOST_HALVES ? all - 2 * first : MOST_HALVES;
+    int64_t groups = (rows + GROUP - 1) / GROUP, stop = (m->outputs + HALF - 1) / HALF;
+    if (stop > 2 * last) stop = 2 * last;
+    int64_t halves = stop - 2 * first < MOST_HALVES ? stop - 2 * first : MOST_HALVES;
     int32_t gathered[GROUP * DEEP] __attribute__((aligned(64)));
     ints sums[m->depth > DEEP ? halves * groups : 2][GROUP][2] __attribute__((aligned(64)));
     begin_tiles();
-    for (int64_t begin = 2 * first; begin < all; begin += halves)
+    for (int64_t begin = 2 * first; begin < stop; begin += halves)
         for (int64_t k = 0; k < m->depth; k += DEEP) {
             int64_t left = m->depth - k, deep = left < DEEP ? left : DEEP;
-            int64_t end = begin + halves < all ? begin + halves : all;
+            int64_t end = begin + halves < stop ? begin + halves : stop;
             for (int64_t row = 0; row < rows; row += GROUP) {
                 int64_t count = rows - row < GROUP ? rows - row : GROUP;
                 const int32_t *upper = x + row * m->depth + k;

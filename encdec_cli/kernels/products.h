@@ -73,13 +73,18 @@ INLINE struct outputs outputs_from(const struct matrix *m, int64_t place, int ki
     return o;
 }
 
-/* Write a vector of sums to a row of `out`, each a row of the matrix's outputs. */
-INLINE void write_sums(ints sum, const struct outputs *o, float scale, const void *added, void *out, int64_t row,
-                       const struct matrix *m, int relu, int bf16, int kind) {
+/* What a vector of sums stands for. */
+INLINE floats finished(ints sum, const struct outputs *o, float scale, int relu, int kind) {
     floats y = (floats)sum;
     if (kind == LEVELS) y = __builtin_convertvector(sum - o->offset, floats) * o->by * scale;
     y += o->bias;
-    if (relu) y = (floats)((ints)y & ~(y < 0));
+    return relu ? (floats)((ints)y & ~(y < 0)) : y;
+}
+
+/* Write a vector of sums to a row of `out`, each a row of the matrix's outputs. */
+INLINE void write_sums(ints sum, const struct outputs *o, float scale, const void *added, void *out, int64_t row,
+                       const struct matrix *m, int relu, int bf16, int kind) {
+    floats y = finished(sum, o, scale, relu, kind);
     void *to = (void *)at(out, row * m->outputs + o->place, bf16);
     const void *from = added ? at(added, row * m->outputs + o->place, bf16) : 0;
     if (bf16) {

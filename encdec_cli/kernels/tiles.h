@@ -89,14 +89,8 @@ INLINE void write_half(const ints sum[2], const struct outputs o[2], float scale
         for (int v = 0; v < 2; v++) write_sums(sum[v], &o[v], scale, added, out, row, m, relu, bf16, kind);
         return;
     }
-    floats y[2];
-    UNROLL for (int v = 0; v < 2; v++) {
-        memcpy(&y[v], &sum[v], sizeof y[v]);
-        if (kind == LEVELS) y[v] = __builtin_convertvector(sum[v] - o[v].offset, floats) * o[v].by * scale;
-        y[v] += o[v].bias;
-        if (relu) y[v] = (floats)((ints)y[v] & ~(y[v] < 0));
-    }
-    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y[1], (__m512)y[0]);
+    floats low = finished(sum[0], o, scale, relu, kind), high = finished(sum[1], o + 1, scale, relu, kind);
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
     __mmask32 mask = o[0].mask | (__mmask32)o[1].mask << 16;
     _mm512_mask_storeu_epi16((void *)at(out, row * m->outputs + o->place, 1), mask, both);
 }
