@@ -126,7 +126,9 @@ def test_the_formula_gives_the_profilers_count(monkeypatch, name):
     assert_counted(monkeypatch, MODELS[name](), packed=False)
 
 
-wide = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or no AVX-512: attention is padded after all")
+wide = pytest.mark.skipif(
+    not kernels.wide(), reason="no C compiler, or neither AVX-512 nor AVX2: attention is padded after all"
+)
 
 
 @wide

@@ -15,14 +15,13 @@ from encdec_cli.kernels.build import function
 from encdec_cli.kernels.matrix import Matrix, can_pack
 from encdec_cli.models import packed
 from encdec_cli.models.linear import Linear
-from encdec_cli.models.packed import LEVELS, PackedLinear, int8_supported, pack, quantised
+from encdec_cli.models.packed import LEVELS, PackedLinear, pack, quantised
 from encdec_cli.models.transformer import Transformer
 from encdec_cli.text.example import Example
 from tests.conftest import encdec
 from tests.scripted import pad, run, tiny_transformer
 
-eight_bits = pytest.mark.skipif(not int8_supported(), reason="this build of torch multiplies no 8-bit matrices")
-packs = pytest.mark.skipif(not can_pack(torch.float32, 32), reason="no compiler, or no AVX-512")
+packs = pytest.mark.skipif(not can_pack(torch.float32, 32), reason="no compiler, or neither AVX-512 nor AVX2")
 TYPES = [dtype for dtype in (torch.float32, torch.bfloat16, torch.int8) if can_pack(dtype, 32)]
 kinds = pytest.mark.parametrize("dtype", TYPES, ids=str)
 
@@ -51,7 +50,6 @@ def written_out(x, weight, bias):
     return products.double() * own.double() * scale.double() + bias.double()
 
 
-@eight_bits
 @pytest.mark.usefixtures("way")
 @torch.inference_mode()
 def test_the_arithmetic_of_8_bits_is_that_of_integers():
@@ -64,7 +62,6 @@ def test_the_arithmetic_of_8_bits_is_that_of_integers():
         assert float((found - exact).norm() / exact.norm()) < 0.02
 
 
-@eight_bits
 @pytest.mark.usefixtures("way")
 @torch.inference_mode()
 def test_rows_of_zeros_and_types_are_kept_and_no_nan_is_hidden():
@@ -141,11 +138,10 @@ def test_a_row_of_another_type_or_width_is_refused():
         Matrix(torch.ones(3, 32), None).product(torch.ones(4, 16))
 
 
-@eight_bits
 @pytest.mark.parametrize("int8", [False, True])
 def test_all_matrices_are_packed_and_a_tied_output_layer_is_one_of_them(int8):
     if not int8 and not can_pack(torch.float32, 32):
-        pytest.skip("no compiler, or no AVX-512")
+        pytest.skip("no compiler, or neither AVX-512 nor AVX2")
     model = tiny_transformer(dim=32)
     before = [parameter.clone() for parameter in model.target_embedding.parameters()]
     hidden = torch.randn(3, 32)
@@ -319,7 +315,6 @@ def test_layers_have_the_same_bits_on_several_threads(dtype, beam, monkeypatch):
         assert torch.equal(one, other)
 
 
-@eight_bits
 def test_a_quantised_model_decodes_the_same_in_every_batch(copy_run):
     bundle = Bundle.load(copy_run)
     lines = [Example(" ".join(str(number + i)[-1] for i in range(number % 7 + 1))) for number in range(60)]
@@ -335,7 +330,6 @@ def test_a_quantised_model_decodes_the_same_in_every_batch(copy_run):
     assert sum(one == other for one, other in zip(exact, outputs[0], strict=True)) >= 57
 
 
-@eight_bits
 def test_beams_of_a_quantised_model_are_scored_by_it():
     model = tiny_transformer()
     pack(model, int8=True)
@@ -348,7 +342,6 @@ def test_beams_of_a_quantised_model_are_scored_by_it():
     assert found.token_scores == pytest.approx(scores.tolist(), abs=1e-3)
 
 
-@eight_bits
 def test_the_command(copy_run):
     done = encdec("generate", "--model", copy_run, "--precision", "int8", stdin="1 2 3\n4 5\n")
     assert (done.returncode, done.stdout) == (0, "1 2 3\n4 5\n"), done.stderr

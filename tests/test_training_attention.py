@@ -11,7 +11,7 @@ from encdec_cli.models.attention import attend
 from encdec_cli.models.heads import split_heads
 from encdec_cli.models.masks import mask_bias
 
-pytestmark = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or no AVX-512")
+pytestmark = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or neither AVX-512 nor AVX2")
 BOUND = {torch.float32: 2e-6, torch.bfloat16: 6e-3}
 """Largest error of outputs and gradients, as a share of the largest number."""
 

@@ -15,7 +15,7 @@ from encdec_cli.models.layers import make_norm
 from encdec_cli.training.loss import CrossEntropy
 from encdec_cli.training.objective import Agreement
 
-compiled = pytest.mark.skipif(kernels.library() is None, reason="this machine has no C compiler")
+wide = pytest.mark.skipif(not kernels.wide(), reason="no C compiler, or neither AVX-512 nor AVX2")
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 SOME = settings(max_examples=40, deadline=None)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
@@ -56,7 +56,7 @@ def criterion(rows: int, vocab: int, seed: int, prior: bool = False, scale: bool
     return CrossEntropy(target, 0.1 * (seed % 3), None if shares is None else shares / shares.sum(), scales)
 
 
-@compiled
+@wide
 @SOME
 @given(st.integers(1, 9), st.sampled_from([1, 2, 31, 32, 33, 64, 1000]), dtypes, st.booleans(), st.booleans(), seeds)
 @torch.no_grad()
@@ -80,7 +80,7 @@ def test_cross_entropy_is_its_formula(rows, vocab, dtype, prior, scale, seed):
     close(gradient, by_logits * 0.25, 1e-6)
 
 
-@compiled
+@wide
 @SOME
 @given(st.integers(1, 5), st.sampled_from([2, 31, 32, 33, 1000]), dtypes, st.booleans(), seeds)
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_the_loss_of_two_passes_is_its_formula(pairs, vocab, dtype, prior, seed)
     close(gradient, by_logits * 0.25, 3e-6)
 
 
-@compiled
+@wide
 @TYPES
 @torch.no_grad()
 def test_cross_entropy_is_that_of_torch_whatever_the_threads(without, threads, dtype):
@@ -124,7 +124,7 @@ def test_cross_entropy_is_that_of_torch_whatever_the_threads(without, threads, d
         close(gradient, by_logits, 1e-5)
 
 
-@compiled
+@wide
 @TYPES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @torch.no_grad()
@@ -184,7 +184,7 @@ def test_dropout_is_a_product_with_its_mask_to_the_bit(shape, dtype, onto, seed)
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
-@compiled
+@wide
 @TYPES
 def test_dropout_is_the_same_by_torch_on_any_threads_and_for_views(without, threads, dtype):
     x, base, outer = torch.randn(3, 7, 100).to(dtype).unbind(0)
@@ -227,6 +227,7 @@ def differentiated(norm: torch.nn.Module, x: Tensor, outer: Tensor) -> list[Tens
 kinds = st.sampled_from([("layer", True), ("layer", False), ("rms", False)])
 
 
+@wide
 @SOME
 @given(
     st.sampled_from([(1,), (0,), (2, 3), (67,), (130,)]),
@@ -247,7 +248,7 @@ def test_norms_and_their_gradients_are_those_of_more_digits(rows, width, dtype, 
         close(one, wanted, 0.3 if by_torch else 1e-5)
 
 
-@compiled
+@wide
 @TYPES
 @pytest.mark.parametrize("kind", ["layer", "rms"])
 def test_gradients_of_norms_are_the_same_on_any_threads_and_for_views(threads, dtype, kind):
@@ -264,7 +265,7 @@ def test_gradients_of_norms_are_the_same_on_any_threads_and_for_views(threads, d
     torch.testing.assert_close(views[:2], ours[:2], rtol=2e-2, atol=2e-2)
 
 
-@compiled
+@wide
 @pytest.mark.parametrize("learns", ["x", "weight", "bias"])
 def test_what_of_a_norm_does_not_learn_gets_no_gradient(learns):
     norm, x = norm_of("layer", 64, True, 1).requires_grad_(False), torch.randn(5, 64)

@@ -91,13 +91,12 @@ def _numbers(flag: str, text: str, least: int) -> list[int]:
 def _machine(device: str) -> dict[str, Any]:
     import torch
 
-    from encdec_cli.models.packed import int8_supported
     from encdec_cli.training.ceiling import matrix_ceiling, memory_bandwidth
     from encdec_cli.training.machine import available_cores
 
     on = torch.device(device)
     types = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    if on.type == "cpu" and int8_supported():
+    if on.type == "cpu":
         types["int8"] = torch.int8
     ceilings = {f"{name}_gflops": round(matrix_ceiling(dtype, on) / 1e9, 1) for name, dtype in types.items()}
     bandwidth = round(memory_bandwidth(on) / 1e9, 1)
@@ -191,11 +190,10 @@ def _generation(
 def _precisions(device: str) -> list[str]:
     import torch
 
-    from encdec_cli.models.packed import int8_supported
     from encdec_cli.training.precision import fast_bf16
 
     found = ["fp32"] + (["bf16"] if fast_bf16(torch.device(device)) else [])
-    return found + (["int8"] if device == "cpu" and int8_supported() else [])
+    return found + (["int8"] if device == "cpu" else [])
 
 
 def _rated(points: Sequence[Point], metric: Metric, within: float, at_least: float | None) -> dict[str, Any]:

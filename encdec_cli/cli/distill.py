@@ -144,9 +144,8 @@ def _rows(teacher: Path, student: Path, examples: list[Example], device: str, me
     from encdec_cli.evaluation.significance import Resampling
     from encdec_cli.evaluation.tradeoff import timed
     from encdec_cli.generation.lines import Options
-    from encdec_cli.models.packed import int8_supported
 
-    small = "int8" if device == "cpu" and int8_supported() else "bf16"
+    small = "int8" if device == "cpu" else "bf16"
     models = [(teacher, "fp32"), (student, "fp32"), (student, small)]
     rows: list[_Row] = []
     references = [[example.target or "" for example in examples]]

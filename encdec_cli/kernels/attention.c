@@ -7,9 +7,16 @@
 #include "kernels.h"
 #include "vectors.h"
 
-#ifdef __AVX512F__ /* else torch is the faster one */
+#if defined __AVX512F__ || (defined __AVX2__ && defined __FMA__) /* else torch is the faster one */
 #define MOST_ROWS 12
-#define ROWS(vectors) (24 / vectors < MOST_ROWS ? 24 / vectors : MOST_ROWS) /* what fits into AVX-512's registers */
+#define MOST_VECTORS (LANES == 16 ? 4 : 2)
+#define SUMS (LANES == 16 ? 24 : 12) /* what fits into the registers */
+#define ROWS(vectors) (SUMS / vectors < MOST_ROWS ? SUMS / vectors : MOST_ROWS)
+#if LANES == 16
+#define BY_ALL BY(1) BY(2) BY(3) BY(4)
+#else
+#define BY_ALL BY(1) BY(2)
+#endif
 #define UNROLL _Pragma("GCC unroll 16")
 #define IN_REGISTER(x) __asm__("" : "+v"(x))
 
@@ -80,11 +87,11 @@ struct factor {
 };
 
 INLINE void tile(struct factor a, int64_t terms, const float *b, int64_t width, float *to, int rows, int vectors) {
-    floats sum[MOST_ROWS][4];
+    floats sum[MOST_ROWS][MOST_VECTORS];
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < vectors; v++) sum[r][v] = all(0);
     for (int64_t k = 0; k < terms; k++) {
-        floats y[4];
+        floats y[MOST_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
             memcpy(&y[v], b + k * width + v * LANES, sizeof y[v]);
             IN_REGISTER(y[v]);
@@ -118,8 +125,8 @@ INLINE void tile(struct factor a, int64_t terms, const float *b, int64_t width, 
 
 /* To `to` [rows, width] the product of a [rows, terms] and b [terms, width]; the width in whole vectors. */
 static void multiply(struct factor a, int64_t rows, int64_t terms, const float *b, int64_t width, float *to) {
-    for (int64_t place = 0; place < width; place += 4 * LANES)
-        switch (width - place > 3 * LANES ? 4 : (width - place) / LANES) { BY(1) BY(2) BY(3) BY(4) }
+    for (int64_t place = 0; place < width; place += MOST_VECTORS * LANES)
+        switch (width - place > MOST_VECTORS * LANES ? MOST_VECTORS : (width - place) / LANES) { BY_ALL }
 }
 
 /* To `weights` [queries, padded(keys)] the scores with the mask added, and -infinity after the last. */

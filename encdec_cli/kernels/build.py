@@ -27,11 +27,9 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-w")
 CHUNK = 64
 """Logits under one maximum."""
-PANEL = 64
-"""Outputs whose weights lie together."""
 COLUMNS = 96
 """Columns of a gradient that are turned together: six vectors."""
-_SIZES = (f"-DCHUNK={CHUNK}", f"-DPANEL={PANEL}", f"-DCOLUMNS={COLUMNS}")
+_SIZES = (f"-DCHUNK={CHUNK}", f"-DCOLUMNS={COLUMNS}")
 _ONE_AT_A_TIME = Lock()
 
 
@@ -47,9 +45,15 @@ def library() -> ctypes.CDLL | None:
 
 @cache
 def wide() -> bool:
-    """Return whether the processor has the registers (AVX-512) without which torch is the faster one in training."""
+    """Return whether the processor has the registers without which torch is faster in training: AVX-512 or AVX2."""
     found = library()
     return found is not None and bool(found.has_product(0))
+
+
+@cache
+def panel() -> int:
+    """Return how many outputs' weights lie together in a packed matrix on this processor."""
+    return int(function("panel_outputs")())
 
 
 @cache
@@ -99,6 +103,7 @@ def _with_types(found: ctypes.CDLL) -> ctypes.CDLL:
         one.argtypes, one.restype = [*types, flag], None  # type: ignore[misc]
     found.draw.argtypes, found.draw.restype = [pointer, pointer, number], None
     found.has_product.argtypes, found.has_product.restype = [number], flag
+    found.panel_outputs.argtypes, found.panel_outputs.restype = [], number
     found.words_at_once.argtypes, found.words_at_once.restype = [flag], number
     found.attend_in_training.argtypes = [pointer, number, number, flag]
     found.attend_in_training.restype = flag

@@ -61,7 +61,7 @@ INLINE floats as_stored(floats x, int bf16) {
     return bf16 ? (floats)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u) : x;
 }
 
-/* 32 elements: x times `factor` where the lowest 15 bits of their lane of 16 are below `kept`, else times 0, plus
+/* PAIR elements: x times `factor` where the lowest 15 bits of their lane of 16 are below `kept`, else times 0, plus
  * `added`, if that is not NULL. */
 INLINE void drop(const void *x, const uint16_t *lanes, const void *added, int64_t i, int32_t kept, float factor,
                  ints always, void *out, int bf16) {
@@ -74,7 +74,7 @@ INLINE void drop(const void *x, const uint16_t *lanes, const void *added, int64_
     } else {
         shorts low, high;
         memcpy(&low, lanes + i, sizeof low);
-        memcpy(&high, lanes + i + 16, sizeof high);
+        memcpy(&high, lanes + i + LANES, sizeof high);
         first = __builtin_convertvector(low, ints) & 0x7fff;
         second = __builtin_convertvector(high, ints) & 0x7fff;
     }
@@ -91,11 +91,11 @@ INLINE void drop(const void *x, const uint16_t *lanes, const void *added, int64_
 
 INLINE void drop_all(const void *x, const uint16_t *lanes, const void *added, int64_t count, int32_t kept, float factor,
                      ints always, void *out, int bf16) {
-    int64_t whole = count / 32 * 32, size = bf16 ? 2 : 4, left = (count - whole) * size;
-    for (int64_t i = 0; i < whole; i += 32) drop(x, lanes, added, i, kept, factor, always, out, bf16);
+    int64_t whole = count / PAIR * PAIR, size = bf16 ? 2 : 4, left = (count - whole) * size;
+    for (int64_t i = 0; i < whole; i += PAIR) drop(x, lanes, added, i, kept, factor, always, out, bf16);
     if (!left) return;
-    char its_x[128] = {0}, its_added[128] = {0};
-    uint16_t its_lanes[32] = {0};
+    char its_x[4 * PAIR] = {0}, its_added[4 * PAIR] = {0};
+    uint16_t its_lanes[PAIR] = {0};
     memcpy(its_x, at(x, whole, bf16), left);
     memcpy(its_lanes, lanes + whole, left / size * 2);
     if (added) memcpy(its_added, at(added, whole, bf16), left);

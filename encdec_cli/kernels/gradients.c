@@ -9,7 +9,7 @@ INLINE void norm_rows_gradient(const void *x, const void *outer, int64_t row, in
     floats pulls[4] = {{0}}, turns[4] = {{0}};
     float mean[4], by[4], pull[4], turn[4];
     moments(&f, width, epsilon, centred, mean, by, count, bf16);
-    for (int64_t i = 0; i < width; i += 32) {
+    for (int64_t i = 0; i < width; i += PAIR) {
         pair w = read_pair(weight, i, bf16);
         for (int64_t n = 0; n < count; n++) {
             pair y = centred_pair(f.rows[n], i, mean[n], bf16), g = read_pair(o.rows[n], i, bf16);
@@ -26,7 +26,7 @@ INLINE void norm_rows_gradient(const void *x, const void *outer, int64_t row, in
         turn[n] = turn[n] * by[n] / width;
     }
     for (int64_t n = 0; n < count && row + n < rows; n++)
-        for (int64_t i = 0; i < width; i += 32) {
+        for (int64_t i = 0; i < width; i += PAIR) {
             pair y = centred_pair(f.rows[n], i, mean[n], bf16), g = read_pair(o.rows[n], i, bf16);
             pair w = read_pair(weight, i, bf16), by_weight = read_pair(sums, i, 0);
             y.a *= by[n];
@@ -57,5 +57,5 @@ void norm_gradient(const void *x, const void *outer, int64_t rows, int64_t width
 void add_blocks(float *sums, int64_t blocks, int64_t count, void *out, int bf16) {
     for (int64_t block = 1; block < blocks; block++)
         for (int64_t i = 0; i < count; i++) sums[i] += sums[block * count + i];
-    for (int64_t i = 0; i < count; i += 32) write_pair(out, i, read_pair(sums, i, 0), bf16);
+    for (int64_t i = 0; i < count; i += PAIR) write_pair(out, i, read_pair(sums, i, 0), bf16);
 }

@@ -16,7 +16,7 @@ struct attention {
 /* A matrix [outputs, inputs] by which rows are multiplied: its kind, and its numbers as `product` reads them. */
 enum { FLOATS, BFLOATS, LEVELS };
 struct matrix {
-    int64_t kind, depth, outputs, panels; /* depth: the bytes of a row over 4; panels: of PANEL outputs */
+    int64_t kind, depth, outputs, panels; /* depth: the bytes of a row over 4; panels: of PANEL outputs each */
     const void *weights;    /* [panels, depth, PANEL, 4 bytes] */
     const float *bias;      /* [panels x PANEL], or NULL */
     const float *scales;    /* of LEVELS: what one of 127 levels stands for, for each output */
@@ -24,6 +24,9 @@ struct matrix {
 };
 
 int has_product(int64_t kind);
+
+/* PANEL, which depends on the processor. */
+int64_t panel_outputs(void);
 
 /* To out [rows, outputs] x [rows, inputs] times the matrix, plus its bias, not below 0 if `relu`, plus `added` (of the
  * shape of out, or NULL), for the outputs of the panels from `first` to before `last`. x, added and out: of FLOATS
@@ -42,7 +45,7 @@ int64_t words_at_once(int bf16);
 /* To out [width, outputs] the product of a [rows, width], turned, and x [rows, outputs], for some panels of outputs; the
  * columns of a are added to sums [width rounded up to 96]. x is packed in m->weights, m->depth words of 4 bytes at a
  * time, a multiple of 16, between which unfinished sums are kept [width rounded up to 32, panels x PANEL]. */
-void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, int32_t *kept,
                  const struct matrix *m, int64_t first, int64_t last, int bf16);
 
 void norm(const void *x, int64_t rows, int64_t width, const void *weight, const void *bias, float epsilon, int centred,

@@ -24,7 +24,7 @@ INLINE floats error_function(floats x) {
 }
 
 INLINE void gelu(void *x, int64_t count, int bf16) {
-    for (int64_t i = 0; i < count; i += 32) {
+    for (int64_t i = 0; i < count; i += PAIR) {
         pair y = read_pair(x, i, bf16);
         y.a *= 0.5f + 0.5f * error_function(y.a * 0.70710678f);
         y.b *= 0.5f + 0.5f * error_function(y.b * 0.70710678f);
@@ -35,7 +35,7 @@ INLINE void gelu(void *x, int64_t count, int bf16) {
 /* x [rows, 2 width], gates and then values, becomes [rows, width]. */
 INLINE void swiglu(void *x, int64_t rows, int64_t width, int bf16) {
     for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = 0; i < width; i += 32) {
+        for (int64_t i = 0; i < width; i += PAIR) {
             pair gate = read_pair(x, row * 2 * width + i, bf16), y = read_pair(x, (row * 2 + 1) * width + i, bf16);
             y.a *= gate.a * sigmoid(gate.a);
             y.b *= gate.b * sigmoid(gate.b);

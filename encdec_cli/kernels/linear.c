@@ -3,21 +3,18 @@
 #include "tiles.h"
 
 int64_t words_at_once(int bf16) {
-#ifdef UNITS
-    if (bf16 && has_units()) return 128; /* sums are kept between them in tiles, at little cost */
-#endif
-    return 512;
+    return bf16 && has_units() ? 128 : 512; /* units keep sums between them at little cost */
 }
 
 #ifdef WIDE
 /* Two rows of bfloat16 as words, the second above the first, or one of float; what is masked, or no row, is 0. */
 INLINE words pair_of_rows(const void *row, int64_t width, int64_t left, int second, int bf16) {
-    __mmask16 mask = mask_of(left);
-    if (!bf16) return (words)_mm512_maskz_loadu_ps(mask, row);
-    words x = __builtin_convertvector((shorts)_mm256_maskz_loadu_epi16(mask, row), words);
+    some first = some_of(left);
+    if (!bf16) return (words)read_floats(row, first);
+    words x = __builtin_convertvector(read_shorts(row, first), words);
     if (!second) return x;
     const void *next = at(row, width, bf16);
-    return x | (__builtin_convertvector((shorts)_mm256_maskz_loadu_epi16(mask, next), words) << 16);
+    return x | (__builtin_convertvector(read_shorts(next, first), words) << 16);
 }
 
 /* Pack panels of a matrix given as rows [inputs, outputs], each an input. */
@@ -31,7 +28,7 @@ INLINE void pack_inputs(const void *from, const struct matrix *m, int64_t inputs
         }
 }
 
-/* The same of one given as [outputs, inputs]: words are turned, 16 by 16. */
+/* The same of one given as [outputs, inputs]: words are turned, LANES by LANES. */
 static void pack_outputs(const void *from, const struct matrix *m, int64_t first, int64_t last) {
     for (int64_t panel = first; panel < last; panel++)
         for (int64_t k = 0; k < m->depth; k += LANES)
@@ -40,7 +37,7 @@ static void pack_outputs(const void *from, const struct matrix *m, int64_t first
                 int64_t place = panel * PANEL + v * LANES;
                 for (int64_t i = 0; i < LANES; i++) {
                     const float *row = (const float *)from + (place + i) * m->depth + k;
-                    r[i] = place + i < m->outputs ? (floats)_mm512_maskz_loadu_ps(mask_of(m->depth - k), row) : all(0);
+                    r[i] = place + i < m->outputs ? read_floats(row, some_of(m->depth - k)) : all(0);
                 }
                 turn_block(r);
                 floats *to = (floats *)m->weights + (panel * m->depth + k) * VECTORS + v;
@@ -57,23 +54,23 @@ void map_rows(const void *x, int64_t rows, const void *weight, const void *bias,
     product(x, rows, m, 0, out, first, last, 0, bf16);
 }
 
-_Static_assert(COLUMNS == ROWS * LANES, "a vector of each row of a tile");
+_Static_assert(COLUMNS % ROWS == 0 && COLUMNS % LANES == 0, "vectors that tiles read");
 #define AHEAD 16 /* rows, or pairs of them, that are asked for before they are read */
 #define MORE 1   /* a row of each block is written past its end */
 
-/* To `to` [LANES, depth + MORE, ROWS] words of COLUMNS columns of x [rows, width], in the order in which tiles read
+/* To `to` [COLUMNS / ROWS, depth + MORE, ROWS] words of COLUMNS columns of x [rows, width], in the order in which tiles read
  * them; and to sums their sums, added to what is there. */
 INLINE void gather(const void *x, int64_t rows, int64_t width, int64_t start, int64_t depth, int32_t *to, float *sums,
                    int bf16) {
-    floats sum[ROWS];
-    UNROLL for (int v = 0; v < ROWS; v++) memcpy(&sum[v], sums + v * LANES, sizeof sum[v]);
+    floats sum[COLUMNS / LANES];
+    memcpy(sum, sums, sizeof sum);
     for (int64_t k = 0; k < (bf16 ? (rows + 1) / 2 : rows); k++) {
-        words w[ROWS + 1];
+        words w[COLUMNS / LANES + 1];
         /* Rows are far apart: each is a page, and lines, that nobody else asks for in time. */
         for (int64_t row = 0; row < (bf16 ? 2 : 1); row++)
             for (int64_t line = 0; line < COLUMNS; line += bf16 ? 32 : 16)
                 __builtin_prefetch(at(x, ((bf16 ? 2 : 1) * (k + AHEAD) + row) * width + start + line, bf16));
-        UNROLL for (int v = 0; v < ROWS; v++) {
+        UNROLL for (int v = 0; v < COLUMNS / LANES; v++) {
             int64_t place = start + v * LANES;
             const void *row = at(x, (bf16 ? 2 : 1) * k * width + place, bf16);
             w[v] = pair_of_rows(row, width, width - place, 2 * k + 1 < rows, bf16);
@@ -84,43 +81,46 @@ INLINE void gather(const void *x, int64_t rows, int64_t width, int64_t start, in
                 sum[v] += (floats)w[v];
             }
         }
-        w[ROWS] = w[ROWS - 1];
-        UNROLL for (int b = 0; b < LANES; b++) {
-            int64_t begin = b * ROWS % LANES;
-            ints which = (ints){0, 1, 2, 3, 4, 5, 6, 7} + (int32_t)begin;
+        w[COLUMNS / LANES] = w[COLUMNS / LANES - 1];
+        UNROLL for (int b = 0; b < COLUMNS / ROWS; b++) {
+            int32_t *block = to + (b * (depth + MORE) + k) * ROWS;
+#if LANES == 16
+            ints which = (ints){0, 1, 2, 3, 4, 5, 6, 7} + b * ROWS % LANES;
             words *both = w + b * ROWS / LANES;
-            __m512i block = _mm512_permutex2var_epi32((__m512i)both[0], (__m512i)which, (__m512i)both[1]);
-            _mm256_storeu_si256((void *)(to + (b * (depth + MORE) + k) * ROWS), _mm512_castsi512_si256(block));
+            __m512i some = _mm512_permutex2var_epi32((__m512i)both[0], (__m512i)which, (__m512i)both[1]);
+            _mm256_storeu_si256((void *)block, _mm512_castsi512_si256(some));
+#else
+            memcpy(block, (const int32_t *)w + b * ROWS, 8 * sizeof *block);
+#endif
         }
     }
-    UNROLL for (int v = 0; v < ROWS; v++) memcpy(sums + v * LANES, &sum[v], sizeof sum[v]);
+    memcpy(sums, sum, sizeof sum);
 }
 
 /* A tile of the product of gathered columns: it goes on from `kept` unless it is the first, and back, or out at last. */
-INLINE void tile_of_columns(const int32_t *x, const struct matrix *m, int64_t panel, int64_t depth, float *kept,
+INLINE void tile_of_columns(const int32_t *x, const struct matrix *m, int64_t panel, int64_t depth, int32_t *kept,
                             void *out, int begins, int ends, int bf16, int rows) {
-    ints sum[ROWS][VECTORS];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int v = 0; v < VECTORS; v++) {
-            sum[r][v] = (ints){0};
-            if (!begins) memcpy(&sum[r][v], kept + r * m->panels * PANEL + v * LANES, sizeof sum[r][v]);
-        }
     const ints *weights = (const ints *)m->weights + panel * m->depth * VECTORS;
+    ints sum[ROWS][VECTORS];
+    start_sums(sum, kept, m->panels * PANEL, begins, rows);
     add_products(sum, x, 1, ROWS, weights, depth, bf16 ? BFLOATS : FLOATS, rows);
+    if (!ends) {
+        keep_sums(sum, kept, m->panels * PANEL, rows);
+        return;
+    }
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < VECTORS; v++) {
             int64_t place = panel * PANEL + v * LANES;
             void *to = (void *)at(out, r * m->outputs + place, bf16);
-            if (!ends) memcpy(kept + r * m->panels * PANEL + v * LANES, &sum[r][v], sizeof sum[r][v]);
-            else if (bf16) _mm256_mask_storeu_epi16(to, mask_of(m->outputs - place), rounded((floats)sum[r][v]));
-            else _mm512_mask_storeu_ps(to, mask_of(m->outputs - place), (__m512)sum[r][v]);
+            if (bf16) write_shorts(to, rounded((floats)sum[r][v]), some_of(m->outputs - place));
+            else write_floats(to, (floats)sum[r][v], some_of(m->outputs - place));
         }
 }
 
 #define COLUMN_CASE(n) \
     case n: tile_of_columns(words, m, panel, depth, sum, to, start == 0, end == rows, bf16, n); break;
 
-INLINE void columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+INLINE void columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, int32_t *kept,
                     const struct matrix *m, int64_t first, int64_t last, int bf16) {
     int64_t each = bf16 ? 2 : 1;
     int32_t gathered[COLUMNS * (m->depth + MORE)];
@@ -133,7 +133,7 @@ INLINE void columns(const void *a, int64_t rows, int64_t width, const void *x, v
             for (int64_t panel = first; panel < last; panel++)
                 for (int64_t place = block; place < block + COLUMNS && place < width; place += ROWS) {
                     const int32_t *words = gathered + (place - block) * (m->depth + MORE);
-                    float *sum = kept + (place * m->panels + panel) * PANEL;
+                    int32_t *sum = kept + (place * m->panels + panel) * PANEL;
                     void *to = (void *)at(out, place * m->outputs, bf16);
                     switch (width - place > ROWS ? ROWS : width - place) {
                         COLUMN_CASE(1) COLUMN_CASE(2) COLUMN_CASE(3) COLUMN_CASE(4) COLUMN_CASE(5) COLUMN_CASE(6)
@@ -170,7 +170,7 @@ static void gather_tiles(const void *x, int64_t rows, int64_t width, int64_t sta
 
 /* `columns` of bfloat16 by the matrix units; the depth of m is a multiple of 16. */
 static void columns_by_tiles(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums,
-                             float *kept, const struct matrix *m, int64_t first, int64_t last) {
+                             int32_t *kept, const struct matrix *m, int64_t first, int64_t last) {
     int32_t gathered[GROUP * m->depth] __attribute__((aligned(64)));
     ints done[GROUP][2] __attribute__((aligned(64)));
     begin_tiles();
@@ -199,7 +199,7 @@ static void columns_by_tiles(const void *a, int64_t rows, int64_t width, const v
 }
 #endif
 
-void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, int32_t *kept,
                  const struct matrix *m, int64_t first, int64_t last, int bf16) {
 #ifdef UNITS
     if (bf16 && has_units()) return columns_by_tiles(a, rows, width, x, out, sums, kept, m, first, last);
@@ -209,6 +209,6 @@ void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void
 #else
 void map_rows(const void *x, int64_t rows, const void *weight, const void *bias, void *out, const struct matrix *m,
               int64_t first, int64_t last, int turned, int bf16) {}
-void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, float *kept,
+void map_columns(const void *a, int64_t rows, int64_t width, const void *x, void *out, float *sums, int32_t *kept,
                  const struct matrix *m, int64_t first, int64_t last, int bf16) {}
 #endif

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encdec_cli.kernels.build import COLUMNS, PANEL, function
+from encdec_cli.kernels.build import COLUMNS, function, panel
 from encdec_cli.kernels.matrix import KINDS, Struct, alike, can_pack, shares, together
 from encdec_cli.kernels.operators import operators as known_operators
 
@@ -78,7 +78,7 @@ def _by_weight(outer: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     (rows, width), outputs, bf16 = outer.shape, x.shape[1], x.dtype == torch.bfloat16
     at_once = function("words_at_once")(bf16) * 4 // x.itemsize
     matrix, _kept = _room(x.dtype, min(_whole(rows, _TILE), at_once), outputs, False)
-    kept = torch.empty(_whole(width, _TILE) * matrix.panels * PANEL if rows > at_once else 0, dtype=torch.float32)
+    kept = torch.empty(_whole(width, _TILE) * matrix.panels * panel() if rows > at_once else 0, dtype=torch.float32)
     parts = shares(matrix.panels, rows * width * outputs)
     sums = torch.zeros((len(parts), _whole(width, COLUMNS)), dtype=torch.float32)
     out = x.new_empty((width, outputs))
@@ -96,9 +96,9 @@ def _whole(count: int, size: int) -> int:
 
 def _room(dtype: torch.dtype, inputs: int, outputs: int, bias: bool) -> tuple[Struct, list[Tensor]]:
     """Return a matrix that is still to be packed, and the memory for it."""
-    panels, depth = -(-outputs // PANEL), -(-inputs * dtype.itemsize // 4)
-    kept = [torch.empty(panels * depth * PANEL, dtype=torch.int32)]
+    panels, depth = -(-outputs // panel()), -(-inputs * dtype.itemsize // 4)
+    kept = [torch.empty(panels * depth * panel(), dtype=torch.int32)]
     if bias:
-        kept.append(torch.empty(panels * PANEL, dtype=torch.float32))
+        kept.append(torch.empty(panels * panel(), dtype=torch.float32))
     places = dict(zip(("weights", "bias"), (one.data_ptr() for one in kept), strict=False))
     return Struct(kind=KINDS[dtype], depth=depth, outputs=outputs, panels=panels, **places), kept

@@ -1,31 +1,30 @@
 /* Losses of rows of logits, and their gradients. */
 #include "vectors.h"
 
-/* 32 numbers of which the row ends at `end`; beyond stands `filler`. */
+/* PAIR numbers of which the row ends at `end`; beyond stands `filler`. */
 INLINE pair read_some(const void *from, int64_t place, int64_t end, float filler, int bf16) {
-    if (place + 32 <= end) return read_pair(from, place, bf16);
-    char some[128];
+    if (place + PAIR <= end) return read_pair(from, place, bf16);
+    char some[4 * PAIR];
     write_pair(some, 0, (pair){all(filler), all(filler)}, bf16);
     memcpy(some, at(from, place, bf16), (end - place) * (bf16 ? 2 : 4));
     return read_pair(some, 0, bf16);
 }
 
 INLINE void write_some(void *to, int64_t place, int64_t end, pair x, int bf16) {
-    if (place + 32 <= end) {
+    if (place + PAIR <= end) {
         write_pair(to, place, x, bf16);
         return;
     }
-    char some[128];
+    char some[4 * PAIR];
     write_pair(some, 0, x, bf16);
     memcpy((void *)at(to, place, bf16), some, (end - place) * (bf16 ? 2 : 4));
 }
 
-/* 32 floats, as a pair of the other type has them. */
+/* PAIR floats, as a pair of the other type has them. */
 INLINE pair read_floats(const float *from, int64_t place, int64_t end, int bf16) {
     pair x = read_some(from, place, end, 0, 0);
     if (!bf16) return x;
-    return (pair){MERGE(x.a, x.b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30),
-                  MERGE(x.a, x.b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)};
+    return (pair){EVERY_OTHER(x.a, x.b, 0), EVERY_OTHER(x.a, x.b, 1)};
 }
 
 /* What rows should come to: their targets, of whose probability a share is spread as `prior` [vocab] says, evenly if that
@@ -43,11 +42,11 @@ struct known {
 
 INLINE struct known look(const void *row, int64_t target, const struct wanted *w, int bf16) {
     pair most = {all(-INFINITY), all(-INFINITY)}, total = {all(0), all(0)}, sum = total;
-    for (int64_t i = 0; i < w->vocab; i += 32) {
+    for (int64_t i = 0; i < w->vocab; i += PAIR) {
         pair x = read_some(row, i, w->vocab, -INFINITY, bf16);
         most.a = larger(most.a, x.a);
         most.b = larger(most.b, x.b);
-        if (i + 32 > w->vocab) x = read_some(row, i, w->vocab, 0, bf16);
+        if (i + PAIR > w->vocab) x = read_some(row, i, w->vocab, 0, bf16);
         if (w->prior) {
             pair p = read_floats(w->prior, i, w->vocab, bf16);
             x.a *= p.a;
@@ -57,7 +56,7 @@ INLINE struct known look(const void *row, int64_t target, const struct wanted *w
         total.b += x.b;
     }
     float best = largest_of(larger(most.a, most.b)), mean = sum_of(total.a + total.b);
-    for (int64_t i = 0; i < w->vocab; i += 32) {
+    for (int64_t i = 0; i < w->vocab; i += PAIR) {
         pair x = read_some(row, i, w->vocab, -INFINITY, bf16);
         sum.a += exponential(x.a - best);
         sum.b += exponential(x.b - best);
@@ -71,7 +70,7 @@ INLINE float cost(const struct known *k, const struct wanted *w) {
     return logf(k->norm) + k->best - (1 - w->share) * k->right - (w->share ? w->share * k->mean : 0);
 }
 
-/* `weight` times what is wanted of 32 tokens by the prior. */
+/* `weight` times what is wanted of PAIR tokens by the prior. */
 INLINE pair wanted_share(const struct wanted *w, int64_t i, float weight, int bf16) {
     if (!w->prior) return (pair){all(w->share * weight / w->vocab), all(w->share * weight / w->vocab)};
     pair p = read_floats(w->prior, i, w->vocab, bf16);
@@ -86,7 +85,7 @@ INLINE float cross_entropy_row(const void *row, int64_t target, const struct wan
                                void *gradient, int bf16) {
     struct known k = look(row, target, w, bf16);
     float by = weight / k.norm;
-    for (int64_t i = 0; i < w->vocab; i += 32) {
+    for (int64_t i = 0; i < w->vocab; i += PAIR) {
         pair x = read_some(row, i, w->vocab, -INFINITY, bf16), less = wanted_share(w, i, weight, bf16);
         x.a = (exponential(x.a - k.best) * by - less.a) * scale;
         x.b = (exponential(x.b - k.best) * by - less.b) * scale;
@@ -123,7 +122,7 @@ INLINE float agreement_rows(const void *first, const int64_t *target, const stru
     void *other = (void *)at(gradient, w->vocab, bf16);
     struct known k = look(first, target[0], w, bf16), l = look(second, target[1], w, bf16);
     pair sums[2] = {{{0}}};
-    for (int64_t i = 0; i < w->vocab; i += 32) {
+    for (int64_t i = 0; i < w->vocab; i += PAIR) {
         pair x = read_some(first, i, w->vocab, -1e30f, bf16), y = read_some(second, i, w->vocab, -1e30f, bf16);
         sums[0].a += exponential(x.a - k.best) * (x.a - y.a);
         sums[0].b += exponential(x.b - k.best) * (x.b - y.b);
@@ -134,7 +133,7 @@ INLINE float agreement_rows(const void *first, const int64_t *target, const stru
     float less = k.best + logf(k.norm) - l.best - logf(l.norm);
     float forth = sum_of(sums[0].a + sums[0].b) / k.norm - less, back = less - sum_of(sums[1].a + sums[1].b) / l.norm;
     float by = 1 / k.norm, its = 1 / l.norm, half = weight / 2, share = weight * pull;
-    for (int64_t i = 0; i < w->vocab; i += 32) {
+    for (int64_t i = 0; i < w->vocab; i += PAIR) {
         pair x = read_some(first, i, w->vocab, 0, bf16), y = read_some(second, i, w->vocab, 0, bf16);
         pair even = wanted_share(w, i, half, bf16);
         floats a[2] = {x.a, x.b}, b[2] = {y.a, y.b}, e[2] = {even.a, even.b};

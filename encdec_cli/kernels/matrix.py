@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from encdec_cli.kernels.build import PANEL, function, library
+from encdec_cli.kernels.build import function, library, panel
 
 SHARED_OUT = 1 << 24
 """From this many multiplications on, 40 microseconds in 8 bits and 130 in fp32, work is shared out over threads."""
@@ -41,12 +41,12 @@ class Matrix:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scales: Tensor | None = None) -> None:
         self.outputs, self.inputs = weight.shape
-        self.panels = -(-self.outputs // PANEL)
+        self.panels = -(-self.outputs // panel())
         self._dtype = weight.dtype
         self._call = function("product")
         in_a_word = 4 // weight.element_size()
         depth = self.inputs // in_a_word
-        by_panel = self._padded(weight).view(self.panels, PANEL, depth, in_a_word)
+        by_panel = self._padded(weight).view(self.panels, panel(), depth, in_a_word)
         kept = {"weights": by_panel.transpose(1, 2).contiguous()}
         if bias is not None:
             kept["bias"] = self._padded(bias.float())
@@ -78,7 +78,7 @@ class Matrix:
 
     def _padded(self, x: Tensor) -> Tensor:
         """Return x [outputs, …] with as many rows as the panels have outputs."""
-        padded = x.new_zeros((self.panels * PANEL, *x.shape[1:]))
+        padded = x.new_zeros((self.panels * panel(), *x.shape[1:]))
         padded[: self.outputs] = x.detach()
         return padded
 

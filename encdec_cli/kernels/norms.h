@@ -24,14 +24,14 @@ INLINE pair centred_pair(const void *row, int64_t i, float mean, int bf16) {
 INLINE void moments(const struct some *f, int64_t width, float epsilon, int centred, float *mean, float *by, int count,
                     int bf16) {
     floats sums[4] = {{0}}, squares[4] = {{0}};
-    for (int64_t i = 0; centred && i < width; i += 32)
+    for (int64_t i = 0; centred && i < width; i += PAIR)
         for (int64_t n = 0; n < count; n++) {
             pair x = read_pair(f->rows[n], i, bf16);
             sums[n] += x.a + x.b;
         }
     four_sums(sums, mean);
     for (int64_t n = 0; n < count; n++) mean[n] /= width;
-    for (int64_t i = 0; i < width; i += 32)
+    for (int64_t i = 0; i < width; i += PAIR)
         for (int64_t n = 0; n < count; n++) {
             pair x = centred_pair(f->rows[n], i, mean[n], bf16);
             squares[n] += x.a * x.a + x.b * x.b;

@@ -8,7 +8,7 @@ INLINE void norm_rows(const void *x, int64_t row, int64_t rows, int64_t width, c
     float mean[4], by[4];
     moments(&f, width, epsilon, centred, mean, by, count, bf16);
     for (int64_t n = 0; n < count && row + n < rows; n++)
-        for (int64_t i = 0; i < width; i += 32) {
+        for (int64_t i = 0; i < width; i += PAIR) {
             pair y = centred_pair(f.rows[n], i, mean[n], bf16), w = read_pair(weight, i, bf16);
             y.a = y.a * by[n] * w.a;
             y.b = y.b * by[n] * w.b;
@@ -31,15 +31,15 @@ void norm(const void *x, int64_t rows, int64_t width, const void *weight, const 
 INLINE void mix(const void *query, const void *keys, const void *values, const int64_t *seen, const float *extra,
                 int64_t count, float *weights, void *out, const struct attention *z, int64_t width, int bf16) {
     float best = -INFINITY, scale = 1 / sqrtf((float)width);
-    pair q[width / 32];
-    for (int64_t i = 0; i < width / 32; i++) q[i] = read_pair(query, i * 32, bf16);
+    pair q[width / PAIR];
+    for (int64_t i = 0; i < width / PAIR; i++) q[i] = read_pair(query, i * PAIR, bf16);
     for (int64_t j = 0; j < count; j += 4) { /* four sums cost little more than one; those past the end are not used */
         floats sums[4];
         for (int64_t n = 0; n < 4; n++) {
             pair sum = {all(0), all(0)};
             int64_t key = seen[j + n < count ? j + n : j] * z->key[2];
-            for (int64_t i = 0; i < width / 32; i++) {
-                pair k = read_pair(keys, key + i * 32, bf16);
+            for (int64_t i = 0; i < width / PAIR; i++) {
+                pair k = read_pair(keys, key + i * PAIR, bf16);
                 sum.a += q[i].a * k.a;
                 sum.b += q[i].b * k.b;
             }
@@ -51,9 +51,9 @@ INLINE void mix(const void *query, const void *keys, const void *values, const i
         weights[j] = weights[j] * scale + extra[j];
         best = weights[j] > best ? weights[j] : best;
     }
-    for (int64_t j = count; j < count + 16; j++) weights[j] = -1e30f;
+    for (int64_t j = count; j < count + LANES; j++) weights[j] = -1e30f;
     floats sum = all(0);
-    for (int64_t j = 0; j < count; j += 16) {
+    for (int64_t j = 0; j < count; j += LANES) {
         floats x;
         memcpy(&x, weights + j, sizeof x);
         x = exponential(x - best) + nothing(x);
@@ -61,18 +61,18 @@ INLINE void mix(const void *query, const void *keys, const void *values, const i
         sum += x;
     }
     float share = 1 / sum_of(sum);
-    pair mixed[width / 32];
-    for (int64_t i = 0; i < width / 32; i++) mixed[i].a = mixed[i].b = all(0);
+    pair mixed[width / PAIR];
+    for (int64_t i = 0; i < width / PAIR; i++) mixed[i].a = mixed[i].b = all(0);
     for (int64_t j = 0; j < count; j++)
-        for (int64_t i = 0; i < width / 32; i++) {
-            pair v = read_pair(values, seen[j] * z->value[2] + i * 32, bf16);
+        for (int64_t i = 0; i < width / PAIR; i++) {
+            pair v = read_pair(values, seen[j] * z->value[2] + i * PAIR, bf16);
             mixed[i].a += weights[j] * v.a;
             mixed[i].b += weights[j] * v.b;
         }
-    for (int64_t i = 0; i < width / 32; i++) {
+    for (int64_t i = 0; i < width / PAIR; i++) {
         mixed[i].a *= share;
         mixed[i].b *= share;
-        write_pair(out, i * 32, mixed[i], bf16);
+        write_pair(out, i * PAIR, mixed[i], bf16);
     }
 }
 
@@ -85,7 +85,7 @@ INLINE void mix(const void *query, const void *keys, const void *values, const i
  * good as minus infinity are not looked at: most of them are, where the rows of a sentence share their keys. */
 void attend(const void *query, const void *keys, const void *values, const void *bias, void *out,
             const struct attention *z, int bf16) {
-    float weights[z->keys + 16], extra[z->keys + 1];
+    float weights[z->keys + LANES], extra[z->keys + 1];
     int64_t seen[z->keys + 1];
     for (int64_t place = 0; place < z->sentences * z->queries; place++) {
         int64_t sentence = place / z->queries, row = place % z->queries, count = 0;

@@ -4,8 +4,13 @@
 INLINE float chunk_maximum(const void *row, int64_t chunk, int64_t vocab, int bf16) {
     float most = -INFINITY;
     if ((chunk + 1) * CHUNK <= vocab) {
-        pair x = read_pair(row, chunk * CHUNK, bf16), y = read_pair(row, chunk * CHUNK + 32, bf16);
-        return largest_of(larger(larger(x.a, x.b), larger(y.a, y.b)));
+        pair most = read_pair(row, chunk * CHUNK, bf16);
+        for (int64_t token = chunk * CHUNK + PAIR; token < (chunk + 1) * CHUNK; token += PAIR) {
+            pair x = read_pair(row, token, bf16);
+            most.a = larger(most.a, x.a);
+            most.b = larger(most.b, x.b);
+        }
+        return largest_of(larger(most.a, most.b));
     }
     for (int64_t token = chunk * CHUNK; token < vocab; token++) {
         float x = read_one(row, token, bf16);
@@ -20,9 +25,9 @@ INLINE void scan_row(const void *row, int64_t vocab, float *normaliser, float *m
         maxima[chunk] = chunk_maximum(row, chunk, vocab, bf16);
         best = maxima[chunk] > best ? maxima[chunk] : best;
     }
-    for (int64_t token = vocab / 32 * 32; token < vocab; token++) rest += expf(read_one(row, token, bf16) - best);
+    for (int64_t token = vocab / PAIR * PAIR; token < vocab; token++) rest += expf(read_one(row, token, bf16) - best);
     pair sum = {all(0), all(0)};
-    for (int64_t token = 0; token < vocab / 32 * 32; token += 32) {
+    for (int64_t token = 0; token < vocab / PAIR * PAIR; token += PAIR) {
         pair x = read_pair(row, token, bf16);
         sum.a += exponential(x.a - best) + nothing(x.a);
         sum.b += exponential(x.b - best) + nothing(x.b);

@@ -6,7 +6,7 @@
 #pragma once
 #include "products.h"
 
-#if defined __AMX_TILE__ && defined __AMX_BF16__ && defined __AMX_INT8__ && defined __linux__
+#if defined __AVX512BF16__ && defined __AMX_TILE__ && defined __AMX_BF16__ && defined __AMX_INT8__ && defined __linux__
 #define UNITS 1
 #define HALF (PANEL / 2)
 #define GROUP (2 * LANES)     /* rows whose sums grow together */
@@ -91,7 +91,9 @@ INLINE void write_half(const ints sum[2], const struct outputs o[2], float scale
     }
     floats low = finished(sum[0], o, scale, relu, kind), high = finished(sum[1], o + 1, scale, relu, kind);
     __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
-    __mmask32 mask = o[0].mask | (__mmask32)o[1].mask << 16;
-    _mm512_mask_storeu_epi16((void *)at(out, row * m->outputs + o->place, 1), mask, both);
+    __mmask32 first = o[0].first | (__mmask32)o[1].first << 16;
+    _mm512_mask_storeu_epi16((void *)at(out, row * m->outputs + o->place, 1), first, both);
 }
+#else
+INLINE int has_units(void) { return 0; }
 #endif

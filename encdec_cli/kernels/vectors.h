@@ -1,30 +1,55 @@
-/* Vectors of 16 floats, and rows of float or bfloat16 (`bf16`), which are always computed with as float.
+/* Vectors of LANES floats, and rows of float or bfloat16 (`bf16`), which are always computed with as float.
  *
- * Vectors are those of GCC and Clang, for any processor.
+ * Vectors are those of GCC and Clang, for any processor, and as wide as its registers: of wider ones compilers keep
+ * what stands in memory.
  */
 #pragma once
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t words __attribute__((vector_size(64)));
-typedef uint16_t shorts __attribute__((vector_size(32)));
-typedef uint8_t bytes __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define PAIR (2 * LANES)
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
 /* One function for both types; the compiler makes two of it. */
 #define BY_TYPE(call, ...) (bf16 ? call(__VA_ARGS__, 1) : call(__VA_ARGS__, 0))
-#ifdef __clang__
-#define SHUFFLE(x, ...) __builtin_shufflevector(x, x, __VA_ARGS__)
-#define MERGE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
-#else
-#define SHUFFLE(x, ...) __builtin_shuffle(x, (ints){__VA_ARGS__})
-#define MERGE(x, y, ...) __builtin_shuffle(x, y, (ints){__VA_ARGS__})
-#endif
 
-/* 32 numbers: of bfloat16 those at even places and those at odd places, else the first and the last half. */
+/* A vector of numbers of two, each from the place that `place(i, step)` tells, those of the second after the first's. */
+#ifdef __clang__
+#define MERGE(x, y, place, step) __builtin_shufflevector(x, y, EACH(place, step))
+#else
+#define MERGE(x, y, place, step) __builtin_shuffle(x, y, (ints){EACH(place, step)})
+#endif
+#define EIGHT(place, step, i) \
+    place(i, step), place(i + 1, step), place(i + 2, step), place(i + 3, step), place(i + 4, step), \
+        place(i + 5, step), place(i + 6, step), place(i + 7, step)
+#if LANES == 16
+#define EACH(place, step) EIGHT(place, step, 0), EIGHT(place, step, 8)
+#else
+#define EACH(place, step) EIGHT(place, step, 0)
+#endif
+#define SWAPPED_PLACE(i, step) ((i) ^ (step))
+#define LOW_PLACE(i, step) ((i) & (step) ? ((i) ^ (step)) + LANES : (i))
+#define HIGH_PLACE(i, step) ((i) & (step) ? (i) + LANES : (i) ^ (step))
+#define EVERY_OTHER_PLACE(i, start) (2 * (i) + (start))
+/* Neighbours `step` apart change places; and two vectors of which such neighbours become one, the lower or the higher. */
+#define SWAPPED(x, step) MERGE(x, x, SWAPPED_PLACE, step)
+#define LOW(x, y, step) MERGE(x, y, LOW_PLACE, step)
+#define HIGH(x, y, step) MERGE(x, y, HIGH_PLACE, step)
+#define EVERY_OTHER(x, y, start) MERGE(x, y, EVERY_OTHER_PLACE, start)
+
+/* PAIR numbers: of bfloat16 those at even places and those at odd places, else the first and the last half. */
 typedef struct {
     floats a, b;
 } pair;
@@ -44,7 +69,7 @@ INLINE pair read_pair(const void *from, int64_t place, int bf16) {
         x.b = (floats)(both & 0xffff0000u);
     } else {
         memcpy(&x.a, at(from, place, bf16), sizeof x.a);
-        memcpy(&x.b, at(from, place + 16, bf16), sizeof x.b);
+        memcpy(&x.b, at(from, place + LANES, bf16), sizeof x.b);
     }
     return x;
 }
@@ -90,22 +115,21 @@ INLINE floats larger(floats x, floats y) {
 }
 
 INLINE float sum_of(floats x) {
-    x += SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    if (LANES == 16) x += SWAPPED(x, 8);
+    x += SWAPPED(x, 4);
     return (x[0] + x[2]) + (x[1] + x[3]);
 }
 
+#define FOURTH_PLACE(i, _) ((i) % 2 * (LANES / 2) + (i) / 2 % 2 * (LANES / 4))
+
 /* To `sums` the sum of each of four vectors, added up in the order of `sum_of`. */
 INLINE void four_sums(const floats *x, float *sums) {
-    floats first = MERGE(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                   MERGE(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    floats last = MERGE(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-                  MERGE(x[2], x[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    floats y = MERGE(first, last, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-               MERGE(first, last, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-    y += SHUFFLE(y, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    y += SHUFFLE(y, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-    y = SHUFFLE(y, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    floats first = LOW(x[0], x[1], LANES / 2) + HIGH(x[0], x[1], LANES / 2);
+    floats last = LOW(x[2], x[3], LANES / 2) + HIGH(x[2], x[3], LANES / 2);
+    floats y = LOW(first, last, LANES / 4) + HIGH(first, last, LANES / 4);
+    if (LANES == 16) y += SWAPPED(y, 2);
+    y += SWAPPED(y, 1);
+    y = MERGE(y, y, FOURTH_PLACE, 0);
     memcpy(sums, &y, 4 * sizeof *sums);
 }
 
@@ -115,15 +139,15 @@ INLINE ints higher(ints x, ints y) {
 }
 
 INLINE int32_t highest_of(ints x) {
-    x = higher(x, SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = higher(x, SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    if (LANES == 16) x = higher(x, SWAPPED(x, 8));
+    x = higher(x, SWAPPED(x, 4));
     int32_t first = x[0] > x[1] ? x[0] : x[1], second = x[2] > x[3] ? x[2] : x[3];
     return first > second ? first : second;
 }
 
 INLINE float largest_of(floats x) {
-    x = larger(x, SHUFFLE(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = larger(x, SHUFFLE(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    if (LANES == 16) x = larger(x, SWAPPED(x, 8));
+    x = larger(x, SWAPPED(x, 4));
     float first = x[0] > x[1] ? x[0] : x[1], second = x[2] > x[3] ? x[2] : x[3];
     return first > second ? first : second;
 }
@@ -148,24 +172,20 @@ INLINE floats exponential(floats x) {
 /* 0, but NaN of what is NaN or infinity, which comparisons and the exponential would hide; -infinity is a ban. */
 INLINE floats nothing(floats x) { return (floats)((ints)(x - x) & ~(x == all(-INFINITY))); }
 
-#define LANES 16
-#define LIST(...) __VA_ARGS__
-#define SWAP(step, low, high) \
+#define TURN(step) \
     for (int i = 0; i < LANES; i++) \
         if (!(i & step)) { \
             floats x = r[i], y = r[i + step]; \
-            r[i] = MERGE(x, y, low); \
-            r[i + step] = MERGE(x, y, high); \
+            r[i] = LOW(x, y, step); \
+            r[i + step] = HIGH(x, y, step); \
         }
 
-/* 16 rows of 16 numbers become its columns. */
+/* LANES rows of so many numbers become its columns. */
 INLINE void turn_block(floats *r) {
-    SWAP(8, LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
-         LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
-    SWAP(4, LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
-         LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
-    SWAP(2, LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
-         LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
-    SWAP(1, LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
-         LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+#if LANES == 16
+    TURN(8)
+#endif
+    TURN(4)
+    TURN(2)
+    TURN(1)
 }

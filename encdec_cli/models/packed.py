@@ -8,10 +8,11 @@ https://arxiv.org/abs/2208.07339). Products of integers are exact, whatever the 
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from encdec_cli.kernels.matrix import Matrix, can_pack
 from encdec_cli.models.linear import Linear
@@ -43,7 +44,7 @@ class PackedLinear(nn.Module):
 
 
 class QuantisedLinear(nn.Module):
-    """A linear map by a matrix of 8 bits, for processors that `Matrix` does not know.
+    """A linear map by a matrix of 8 bits, in floats, for processors and shapes that `Matrix` does not know.
 
     Args:
         levels: [outputs, inputs] int8.
@@ -53,10 +54,8 @@ class QuantisedLinear(nn.Module):
 
     def __init__(self, levels: Tensor, scales: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        # No buffers: what is packed for the processor is nothing that a state dict could hold.
-        self._packed = _ops().qlinear_prepack(levels, None)
+        self._levels = levels.float()
         self._scales = scales
-        self._zero = torch.zeros(len(levels), dtype=torch.int32)
         self._bias = None if bias is None else bias.detach().clone()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,14 +63,8 @@ class QuantisedLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         # In the type of x, so that the last product is one of equal types; the levels make good what it is rounded by.
         scale = flat.abs().amax(1, keepdim=True).clamp_(min=_SMALLEST).div_(LEVELS)
-        levels = (flat.float() / scale.float()).round_().to(torch.int8)
-        # The kernels of most processors want numbers without a sign: 128 more, which is then the zero point.
-        unsigned = levels.view(torch.uint8).bitwise_xor_(128)
-        products: Tensor = _ops().qlinear_pointwise(
-            *(unsigned, 1.0, 128, self._packed, self._scales, self._zero, None),
-            *(1.0, 0, x.dtype, "none", [], ""),
-        )
-        products.mul_(scale)
+        products = F.linear((flat.float() / scale.float()).round_(), self._levels)
+        products = products.mul_(self._scales).to(x.dtype).mul_(scale)
         if self._bias is not None:
             products.add_(self._bias)
         return products.view(*x.shape[:-1], -1)
@@ -85,16 +78,6 @@ def quantised(weight: Tensor, bias: Tensor | None) -> nn.Module:
     if can_pack(torch.int8, weight.shape[1]):
         return PackedLinear(Matrix(levels, bias, scales))
     return QuantisedLinear(levels, scales, bias)
-
-
-@torch.inference_mode()
-def int8_supported() -> bool:
-    """Return whether 8-bit matrices are multiplied here: torch's builds for x86 do."""
-    try:
-        one = torch.eye(32)
-        return can_pack(torch.int8, 32) or torch.equal(QuantisedLinear(one.char(), torch.ones(32), None)(one), one)
-    except (RuntimeError, AttributeError):
-        return False
 
 
 def packed(model: Model) -> Model:
@@ -127,8 +110,3 @@ def pack(model: Model, int8: bool = False) -> None:
 def _brings_something(model: Model, int8: bool = False) -> bool:
     some = next(model.parameters())
     return some.device.type == "cpu" and (int8 or can_pack(some.dtype, 1 << 5))
-
-
-def _ops() -> Any:
-    # A private interface of torch, used in this one place and tried out by `int8_supported`.
-    return torch.ops.onednn

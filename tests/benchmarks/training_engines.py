@@ -69,6 +69,7 @@ def encdec(pairs: Pairs, options: argparse.Namespace) -> Epoch:
     keep_freed()
     model = our_model(pairs.vocab, options.size)
     optimizer, update = our_update(model, options.precision, options.accumulate)
+    gc.freeze()
 
     def epoch(clock: Clock) -> tuple[int, tuple[float, float]]:
         before = optimizer.updates
