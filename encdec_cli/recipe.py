@@ -104,7 +104,7 @@ class Train:
     average_of: Literal["last", "best"] = "last"
     """Which validated checkpoints are averaged: the last ones, or those with the best scores."""
     log_every: Positive = 50
-    """Updates between two lines of the log."""
+    """Updates between two lines of the log; the last update has one, too."""
     tensorboard: bool = False
     """Whether the numbers of the log are written for TensorBoard too, into the run's folder `tensorboard`."""
     seed: Count = 1

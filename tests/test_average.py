@@ -103,6 +103,7 @@ def test_what_the_command_refuses(forks, run, tmp_path):
         ((run, "--output", tmp_path / "mean"), 2),
         ((run, run, "--output", run / "data"), 2),
         ((run, run, "--output", run / "bundle"), 2),
+        ((run, run, "--output", (run / "bundle").resolve()), 2),
         ((run, tmp_path / "no", "--output", tmp_path / "mean"), 5),
         ((run, run, "--last", "2", "--output", tmp_path / "mean"), 2),
         ((run, "--last", "2", "--best", "2", "--output", tmp_path / "mean"), 2),

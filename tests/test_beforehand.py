@@ -81,6 +81,10 @@ def test_what_several_processes_cannot_do(tmp_path, keys, message):
             ["regularize.smoothing_prior=unigram", "train.label_smoothing=0"],
             ["regularize.smoothing_prior does nothing without train.label_smoothing"],
         ),
+        (
+            ["risk.metric=chrf", "regularize.rdrop=5", "regularize.smoothing_prior=unigram"],
+            ["risk.metric: the outputs of a model that has learned nothing", "regularize.rdrop does", "regularize.smo"],
+        ),
         (["regularize.word_dropout_warmup=9"], ["regularize.word_dropout_warmup does nothing without word dropout"]),
         (
             ["risk.samples=3", "teacher.weight=1"],

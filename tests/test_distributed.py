@@ -239,7 +239,7 @@ def test_shares_of_a_model_learn_what_the_whole_learns(forks, corpus, tmp_path, 
 
 def test_shares_are_read_by_any_number_and_go_on_to_the_bit(forks, corpus, tmp_path):
     # A weight of 14 rows for the words: shares of unequal size, whatever the number.
-    options = (*TWO, "train.validate_every=0", "train.steps=8", "--output")
+    options = (*TWO, "train.validate_every=0", "train.steps=8", "train.log_every=1", "--output")
     trained(forks, 2, corpus, *options, tmp_path / "unbroken", SHARD)
     broken, other = tmp_path / "broken", tmp_path / "other"
     trained(forks, 2, corpus, *options, broken, SHARD, "train.steps=3")
@@ -381,6 +381,34 @@ def test_a_signal_to_any_process_saves_and_stops_all(forks, alone, corpus, tmp_p
     assert commands[1].stderr == ""
     trained(forks, 2, corpus, *options)
     assert_same(run, alone)
+
+
+def test_a_signal_to_another_process_breaks_off_a_validation(forks, corpus, tmp_path):
+    run, plugin = tmp_path / "run", tmp_path / "slow.py"
+    plugin.write_text(SLOW_VALIDATION.format(mark=str(tmp_path / "judging")))
+    options = (*TWO, "train.validate_every=3", "--plugin", plugin, "--output", run)
+    commands = launch(forks, 2, corpus, *options)
+    wait_for(tmp_path / "judging")
+    commands[1].send(signal.SIGTERM)
+    assert [command.wait() for command in commands] == [143, 143], [command.stderr for command in commands]
+    assert "saved at update 3" in commands[0].stderr
+    assert not (run / "bundles").exists()
+
+
+SLOW_VALIDATION = """
+import time
+from pathlib import Path
+from encdec_cli.training import validation
+
+def slow(stop):
+    Path({mark!r}).touch()
+    for _ in range(1200):  # a minute
+        if stop:
+            raise stop.error("stopped in validation.")
+        time.sleep(0.05)
+
+validation._leave = slow
+"""
 
 
 def wait_for(path: Path) -> None:

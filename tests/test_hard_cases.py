@@ -519,6 +519,15 @@ def test_a_damaged_newest_checkpoint_does_not_outlive_a_good_one(forks, finished
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_00000010"]
 
 
+def test_a_manifest_that_lists_nothing_is_damaged(copied):
+    _, run = copied
+    folder, said = run / "checkpoints", []
+    older, newest = checkpoint.steps(folder)
+    (folder / checkpoint.step_name(newest) / "MANIFEST.json").write_text('{"files": {}}')
+    assert checkpoint.newest(folder, said.append) == older
+    assert "MANIFEST.json: lists no progress.json or no state" in said[0]
+
+
 def test_what_cannot_be_read_for_once_is_not_deleted(copied, monkeypatch):
     _, run = copied
     folder, said = run / "checkpoints", []
@@ -580,7 +589,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(forks, copied):
     done = forks(
         "train", recipe, *SHORT, *absurd, "train.save_every=1000", "train.validate_every=1000", "--output", run
     )
-    refused(done, 7, "loss", "the last checkpoint is good (update 10)", "lower train.rate")
+    refused(done, 7, "loss", "the last checkpoint is of update 10", "lower train.rate")
     assert (run / "checkpoints" / "step_00000010" / MANIFEST).read_bytes() == checkpoint
     verify(run / "checkpoints" / "step_00000010")
     verify(run / "bundle")

@@ -18,7 +18,6 @@ import pytest
 from encdec_cli import atomic
 from encdec_cli.cli.chart import chart
 from encdec_cli.cli.watch import watch
-from encdec_cli.errors import BundleError
 from encdec_cli.training.history import read
 from tests.conftest import encdec
 from tests.trainers import ignore, trainer
@@ -88,9 +87,50 @@ def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_is_named(tmp
     with (run / "log.jsonl").open("a") as file:
         file.write('{"event": "tr')
     assert len(read(run).lines) == 3
-    (run / "log.jsonl").write_text('{"event": "train"}\n')
-    with pytest.raises(BundleError, match=r"log\.jsonl:1: not a line of a log"):
-        read(run)
+    whole = (run / "log.jsonl").read_text().split("\n")
+    (run / "log.jsonl").write_text("\n".join([whole[0], "garbage", *whole[2:]]))
+    history = read(run)
+    assert [each["step"] for each in history.lines] == [10, 20]
+    assert history.alarms(history.written)[0] == "the log is damaged: 1 lines are none, the first of them 2"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("log.jsonl", {"event": "train", "step": 1, "clock": {}}),
+        ("log.jsonl", {"event": "train", "step": 1, "loss": "x", "clock": {}}),
+        ("log.jsonl", {"event": "valid", "step": 1, "bleu": [], "clock": {}}),
+        ("log.jsonl", {"event": "train", "step": 1, "clock": {"seconds": "1"}}),
+        ("log.jsonl", []),
+        ("checkpoints/step_00000020/progress.json", {"progress": {"step": 20}, "facts": {}}),
+        ("checkpoints/step_00000020/progress.json", {"progress": "q", "facts": {}}),
+        ("run.json", {"recipe": {"train": {"steps": "x"}}}),
+        ("run.json", {"recipe": 3}),
+        ("run.json", []),
+    ],
+)
+def test_files_that_are_damaged_or_of_another_version_are_no_failure_of_ours(tmp_path, name, content):
+    runs = [made(tmp_path / each, LINES, {"step": 20}) for each in "ab"]
+    (runs[0] / name).write_text(json.dumps(content) + "\n")
+    for done in (encdec("watch", runs[0]), encdec("compare", *runs)):
+        assert done.returncode == (5 if name == "run.json" and content != {"recipe": {"train": {"steps": "x"}}} else 0)
+        assert "Traceback" not in done.stderr
+        assert done.returncode == 0 or str(runs[0] / name) in done.stderr
+
+
+def test_what_changed_when_a_run_went_on_stands_in_its_log(tmp_path):
+    lines = [train(10, 5.0), train(20, 10.0)]
+    lines[1]["clock"]["notes"] = ["note: threads was 2, is now 1"]
+    run = made(tmp_path / "run", lines, {"step": 20})
+    assert "by update 20: note: threads was 2, is now 1" in encdec("watch", run).stdout.split("\n")
+
+
+def test_watch_as_json(tmp_path):
+    run = made(tmp_path / "run", LINES, {"step": 20, "best": 30.0, "model": "step_00000020"})
+    told = json.loads(encdec("watch", run, "--json").stdout)
+    assert (told["state"], told["update"], told["checkpoint"], told["best"]) == ("stopped", 20, 20, 30.0)
+    assert told["alarms"] == []
+    assert [each["loss"] for each in told["train"]] == [2.0, 2.0]
 
 
 def test_alarms(tmp_path):

@@ -67,6 +67,28 @@ def test_an_unfinished_line_is_cut_off_even_among_those_to_keep(tmp_path: Path) 
     assert path.read_bytes() == b'{"step": 1}\n'
 
 
+def test_lines_that_are_lost_or_damaged_are_told_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    write_steps(Log(path), range(4))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"garbage\n", lines[3]]))
+    said: list[str] = []
+    assert Log(path).keep(4, said.append) == 3
+    assert said == [f"note: {path}: of 4 lines 1 are lost and 1 damaged; the run goes on"]
+    assert Log(path).keep(2, said.append) == 2
+    assert Log(tmp_path / "none").keep(0, said.append) == 0
+    assert len(said) == 2
+
+
+def test_notes_stand_in_the_clock_of_the_next_line(tmp_path: Path) -> None:
+    log, said = Log(tmp_path / "log.jsonl"), []
+    log.noting(said.append)("note: a")
+    for step in (1, 2):
+        log.write(step, "train", {}, {"seconds": 1})
+    assert said == ["note: a"]
+    assert [line[CLOCK] for line in read(log.path)] == [{"seconds": 1, "notes": ["note: a"]}, {"seconds": 1}]
+
+
 def test_a_new_run_starts_a_new_log(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     write_steps(Log(path), range(5))

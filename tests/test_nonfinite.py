@@ -162,3 +162,23 @@ def test_interrupted_around_it_the_run_ends_with_the_same_bytes(corpus, tmp_path
     assert made.progress == unbroken.progress
     assert equal(masters(made, 14), masters(unbroken, 14))
     assert log(tmp_path / "broken") == log(tmp_path / "unbroken")
+
+
+def test_skipping_keeps_the_checkpoint_from_before_it(corpus, tmp_path):
+    overrides = (*SMALL, "train.on_nan=skip", "train.save_every=1", "train.keep=2")
+    made = poisoned(trainer(corpus, tmp_path / "run", *overrides), set(range(4, 15)), math.nan)
+    with pytest.raises(NonFiniteError) as caught:
+        made.run(ignore)
+    assert checkpoint.steps(made.checkpoints) == [3, 11, 12]
+    assert "the last checkpoint is of update 12, the last from before updates were left out of 3: delete" in str(
+        caught.value
+    )
+    last = log(tmp_path / "run")[-1]
+    assert (last["step"], last["done"]) == (13, "stopped")
+    assert last["where"].startswith("batch ")
+
+
+def test_before_the_first_checkpoint_none_is_called_good(corpus, tmp_path):
+    made = poisoned(trainer(corpus, tmp_path / "run", *SMALL), {2}, math.nan)
+    with pytest.raises(NonFiniteError, match="nothing was saved yet"):
+        made.run(ignore)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from encdec_cli.training.prove import compare
-from tests.conftest import copy_task, encdec, log_lines
+from tests.conftest import copy_task, encdec, environment, log_lines, start
 from tests.trainers import ignore, trainer
 
 SMALL = ("model.d_model=16", "model.feed_forward=16", "train.tokens=128")
@@ -116,3 +118,22 @@ def test_a_model_that_is_not_exact_is_found_out(recipe, tmp_path):
     assert done.returncode == 3, done.stderr
     assert "state.safetensors differs" in done.stderr
     assert list(tmp_path.glob("encdec-prove-*"))
+
+
+def test_several_processes_are_refused(recipe):
+    done = encdec("train", recipe, "--prove-resume", "2", WORLD_SIZE="2", RANK="0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--prove-resume: proves runs of one process" in done.stderr
+
+
+def test_a_signal_ends_the_process_that_trains_too(recipe, tmp_path):
+    with start("train", recipe, "--prove-resume", "2", env=environment(TMPDIR=str(tmp_path))) as process:
+        while not list(tmp_path.glob("encdec-prove-*/unbroken/lock")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(20) == 143
+    assert list(tmp_path.glob("encdec-prove-*")) == []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            assert str(tmp_path).encode() not in path.read_bytes()

@@ -67,6 +67,12 @@ def test_p_values_are_sacrebleus(metric, theirs, test, streams, block, seed, mon
         assert (span.high - span.low) / 2 == result.ci
 
 
+def test_where_nothing_ever_differs_nothing_is_significant():
+    rows = Bleu().statistics(["xx yy"] * 5, [["a b c d"] * 5]), Bleu().statistics(["zz"] * 5, [["a b c d"] * 5])
+    for test in TEST_NAMES:
+        assert paired_p_values(Bleu(), *rows, Resampling(resamples=99, trials=99, test=test)) == (1.0,)
+
+
 def test_default_sizes_and_seed_are_sacrebleus(monkeypatch):
     monkeypatch.delenv("SACREBLEU_SEED", raising=False)
     system, baseline, references = systems(20, 1, noise=4)

@@ -114,16 +114,27 @@ def test_init_from_starts_with_given_weights(forks, finished, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["model.d_model=16"], ["shape", "model expects"]),
-        (["model.encoder_layers=2"], ["lacks", "encoder"]),
-        (["model.d_model=16", "text.vocabulary=9"], ["shape", "model expects"]),
+        (["model.d_model=16"], ["model.d_model is 16, was 32"]),
+        (["model.encoder_layers=2"], ["model.encoder_layers is 2, was 1"]),
+        (["model.activation=gelu", "text.vocabulary=9"], ["model.activation is 'gelu', was 'relu'"]),
+        (["model.heads=4"], ["model.heads is 4, was 2"]),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(forks, finished, tmp_path, changes, words):
     recipe, run = finished
     done = forks("train", recipe, *SHORT, *changes, "--init-from", run, "--output", tmp_path / "other")
     refused(done, 5, "--init-from", *words)
-    assert not (tmp_path / "other" / "checkpoints").exists()
+    assert not (tmp_path / "other").exists()  # before any data was read
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(forks, finished, tmp_path):
+    recipe, unbroken = finished
+    run = tmp_path / "run"
+    shutil.copytree(unbroken, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "lock"}
+    refused(forks("train", recipe, *SHORT, "--output", run), 5, "no checkpoint to go on from", "bundles")
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_init_from_nowhere(forks, recipe, tmp_path):

@@ -167,6 +167,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
         path = folder / step_name(step)
         try:
             atomic.verify(path)
+            _check_listed(path)
         except BundleError as error:
             reasons.append(str(error))
             continue
@@ -182,6 +183,13 @@ def newest(folder: Path, warn: Callable[[str], None]) -> int | None:
             "moment, else delete the folder of the run to start anew."
         )
     return None
+
+
+def _check_listed(path: Path) -> None:
+    """Raise BundleError if the manifest does not list what a checkpoint has: what is not listed nobody verifies."""
+    files = atomic.read_json(path / atomic.MANIFEST)["files"]
+    if _PROGRESS not in files or not any(name.startswith("state") for name in files):
+        raise BundleError(f"{path / atomic.MANIFEST}: lists no {_PROGRESS} or no state; the file is damaged.")
 
 
 def load(folder: Path, step: int, pieces: Mapping[str, Piece] | None = None) -> Checkpoint:

@@ -103,6 +103,8 @@ def need_access(run: Path) -> None:
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     log = run / "log.jsonl"
     with atomic.disk_errors(log):
+        if log.exists() and not log.is_file() and not log.is_dir():
+            raise OSError(errno.EINVAL, "not a plain file")  # to open a pipe would wait for a reader
         if log.exists():
             log.open("ab").close()
 

@@ -47,6 +47,8 @@ def average(
     if output.is_symlink() or (output.exists() and not (output / "bundle.json").is_file()):
         # A run's `bundle` is a link: what it names belongs to the run.
         raise UsageError(f"--output {output}: is a link or no bundle, so it is not replaced; choose another folder.")
+    if output.resolve().parent.name == "bundles":
+        raise UsageError(f"--output {output}: is among the models of a run, which keeps them; choose another folder.")
     for path in models:
         find_bundle(path)  # before any is read
     bundle = mean(models)

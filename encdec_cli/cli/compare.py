@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from encdec_cli.cli.watch import duration, metric
+from encdec_cli.cli.watch import duration, metric, record
 
 if TYPE_CHECKING:
     from encdec_cli.training.history import History
@@ -53,7 +53,7 @@ def compare(
             raise UsageError(f"{history.run}: has not begun to train, so there is nothing to compare; leave it out.")
     differences = _differences(histories)
     if as_json:
-        print(json.dumps({"differences": differences, "runs": list(map(_record, histories))}, ensure_ascii=False))
+        print(json.dumps({"differences": differences, "runs": list(map(record, histories))}, ensure_ascii=False))
         return
     names = _names(runs)
     rows = [[key, *map(_cell, values)] for key, values in differences.items()]
@@ -109,7 +109,7 @@ def _ends(histories: Sequence[History], names: Sequence[str]) -> list[list[str]]
     rows = [["RUN", "STATE", "UPDATE", "TOKENS", "TIME", "LOSS", "BEST"]]
     for history, name in zip(histories, names, strict=True):
         last = history.lines[-1] if history.lines else {"tokens": 0, "seconds": 0.0}
-        losses = [line["loss"] for line in history.events("train") if line["loss"] is not None]
+        losses = [line["loss"] for line in history.events("train") if line.get("loss") is not None]
         rows.append(
             [
                 *(name, history.state, f"{history.step:,}", f"{last['tokens']:,}", duration(last["seconds"])),
@@ -123,22 +123,3 @@ def _ends(histories: Sequence[History], names: Sequence[str]) -> list[list[str]]
 def _best(history: History) -> str:
     progress = history.saved.progress if history.saved else {}
     return f"{metric(history)} {progress['best']:.4g} ({progress['model']})" if progress.get("best") is not None else ""
-
-
-def _record(history: History) -> dict[str, Any]:
-    progress = history.saved.progress if history.saved else {}
-    return {
-        "run": str(history.run),
-        "state": history.state,
-        "update": history.step,
-        "best": progress.get("best"),
-        "model": progress.get("model") or None,
-        "recipe": history.recipe,
-        "train": [
-            {key: line.get(key) for key in ("step", "tokens", "seconds", "loss")} for line in history.events("train")
-        ],
-        "valid": [
-            {key: value for key, value in line.items() if key not in ("event", "clock")}
-            for line in history.events("valid")
-        ],
-    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,6 +95,7 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     from encdec_cli.training.budget import settle
     from encdec_cli.training.data import shared_data
     from encdec_cli.training.distributed import joined, shared_cores
+    from encdec_cli.training.initial import check_fits
     from encdec_cli.training.machine import add_in_order, check_device, use_threads
     from encdec_cli.training.signals import watched
     from encdec_cli.training.trainer import Setting, Trainer
@@ -103,7 +105,10 @@ def train_run(recipe: Recipe, run: Path, device: str, init_from: Path | None = N
     use_threads(recipe.train.threads, shared_cores())
     keep_freed()
     start = Bundle.load(init_from) if init_from else None
+    if start:
+        check_fits(recipe, start)
     with joined(device, recipe.parallel, console.leave) as (ranks, own_device), watched() as stop:
+        ranks.heed(stop)
         say = console.say if ranks.first else _say_nothing
         say_own = console.say if ranks.world == 1 else _named(ranks.rank)
         with locked(run) if ranks.first else _quiet():
@@ -176,13 +181,17 @@ def _prove(words: Sequence[str], kills: int, seed: int) -> None:
     import tempfile
 
     from encdec_cli.cli import console
-    from encdec_cli.errors import CheckError
+    from encdec_cli.errors import CheckError, UsageError
     from encdec_cli.training.prove import prove
+    from encdec_cli.training.signals import watched
 
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError("--prove-resume: proves runs of one process; leave torchrun out.")
     folder = Path(tempfile.mkdtemp(prefix="encdec-prove-"))
     keep = False
     try:
-        proof = prove(words, kills, seed, folder, console.say)
+        with watched():  # so that a signal ends the process that trains, too
+            proof = prove(words, kills, seed, folder, console.say)
         keep = bool(proof.differences)
     finally:
         if not keep:

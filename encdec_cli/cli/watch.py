@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,9 @@ def watch(
     once: Annotated[
         bool, typer.Option("--once", help="Print how it stands and leave, as when stdout is no terminal.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Write one JSON object with every number, and the alarms, and leave.")
+    ] = False,
 ) -> None:
     """Show how a run stands: state, loss, speed, time left, cost, scores, last checkpoint, and what is alarming.
 
@@ -26,12 +29,17 @@ def watch(
     terminal it looks again every two seconds until the run ends; whether one on another machine still runs it cannot
     know, so it looks until that one has finished.
     """
+    import json
     import shutil
     import sys
     import time
 
     from encdec_cli.training.history import read
 
+    if as_json:
+        history = read(run)
+        print(json.dumps({**record(history), "alarms": history.alarms(time.time())}, ensure_ascii=False))
+        return
     live = sys.stdout.isatty() and not once
     while True:
         history = read(run)
@@ -52,7 +60,8 @@ def _page(history: History, now: float, width: int) -> list[str]:
         age = duration(now - history.saved.time)
         lines.append(f"checkpoint: update {history.saved.progress['step']:,}, {age} ago")
     lines += [f"alarm: {alarm}" for alarm in history.alarms(now)]
-    losses = [(line["step"], line["loss"]) for line in history.events("train") if line["loss"] is not None]
+    lines += history.notes()[-3:]
+    losses = [(line["step"], line["loss"]) for line in history.events("train") if line.get("loss") is not None]
     lines += chart(losses, "loss by update", width)
     name = metric(history)
     scores = [(line["step"], line[name]) for line in history.events("valid") if line.get(name) is not None]
@@ -62,7 +71,7 @@ def _page(history: History, now: float, width: int) -> list[str]:
 
 def _headline(history: History) -> str:
     steps = history.recipe.get("train.steps")
-    share = f" of {steps:,} ({history.step / steps:.0%})" if steps else ""
+    share = f" of {steps:,} ({history.step / steps:.0%})" if isinstance(steps, int) and steps else ""
     who = f"; {history.holder}" if history.state in ("running", "elsewhere") else ""
     return f"{history.run}: {history.state}, update {history.step:,}{share}{who}"
 
@@ -72,16 +81,12 @@ def _learning(history: History) -> list[str]:
     if not lines:
         return ["no update in the log yet"]
     last, speed, steps = lines[-1], history.speed(), history.recipe.get("train.steps")
-    words = [
-        f"loss {last['loss']:.4g}",
-        f"rate {last['rate']:.3g}",
-        f"norm {last['norm']:.3g}",
-        f"epoch {last['epoch']}",
-    ]
+    words = [f"{name} {last[name]:.4g}" for name in ("loss", "rate", "norm") if last.get(name) is not None]
+    words += [f"epoch {last['epoch']}"] if "epoch" in last else []
     words.append(f"{last['tokens']:,} tokens in {duration(last['seconds'])}")
     if history.state == "running" and speed:
         words.append(f"{last['clock'].get('tokens_per_second') or 0:,.0f} tokens/s")
-        words += [f"{duration((steps - history.step) / speed)} left"] if steps else []
+        words += [f"{duration((steps - history.step) / speed)} left"] if isinstance(steps, int) else []
     return ["  ".join(words)]
 
 
@@ -115,6 +120,28 @@ def _scores(history: History) -> list[str]:
     return [
         f"validation at update {lines[-1]['step']:,}: {listed}" + (f"; best {best:.4g}" if best is not None else "")
     ]
+
+
+def record(history: History) -> dict[str, Any]:
+    """Return what `--json` tells of a run."""
+    progress = history.saved.progress if history.saved else {}
+    return {
+        "run": str(history.run),
+        "state": history.state,
+        "update": history.step,
+        "checkpoint": progress.get("step"),
+        "best": progress.get("best"),
+        "model": progress.get("model") or None,
+        "recipe": history.recipe,
+        "notes": history.notes(),
+        "train": [
+            {key: line.get(key) for key in ("step", "tokens", "seconds", "loss")} for line in history.events("train")
+        ],
+        "valid": [
+            {key: value for key, value in line.items() if key not in ("event", "clock")}
+            for line in history.events("valid")
+        ],
+    }
 
 
 NO_SCORES = ("event", "step", "clock", "tokens", "seconds")

@@ -18,6 +18,7 @@ from encdec_cli.text.example import Example
 from encdec_cli.text.lines import LineReport, read_lines, read_parallel, seekable_stdin
 
 _STDIN = "-"
+_CHECK = "check the path in the recipe, which counts from data.root, or else from the current folder"
 
 
 @dataclass
@@ -155,7 +156,7 @@ class Files(Corpus):
             return [path]
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207 Path.glob wants relative patterns
         if not matches:
-            raise DataError(f"{path}: no file matches this pattern; check the path in the recipe (data.root=…).")
+            raise DataError(f"{path}: no file matches this pattern; {_CHECK}.")
         return matches
 
     def fingerprint(self) -> str:
@@ -179,7 +180,7 @@ def file_facts(path: Path) -> list[Any]:
     try:
         status = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path in the recipe (data.root=…).") from error
+        raise DataError(f"{path}: {error.strerror or error}; {_CHECK}.") from error
     return [str(path), status.st_size, status.st_mtime_ns]
 
 

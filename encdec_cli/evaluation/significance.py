@@ -110,7 +110,9 @@ def _statistic(metric: Metric, differences: FloatArray, resampling: Resampling) 
 
 def _p_value(statistic: FloatArray, real: float, as_sacrebleu: bool) -> float:
     # Where the null hypothesis makes many differences equal to the real one (exact match, say), leaving ties out
-    # gives tiny p-values for nothing; sacreBLEU leaves them out.
+    # gives tiny p-values for nothing; sacreBLEU leaves them out. Where nothing ever differs that says nothing either.
+    if real == 0 and not statistic.any():
+        return 1.0
     extreme = statistic > real if as_sacrebleu else statistic >= real - _TIE
     return (int(extreme.sum()) + 1) / (len(statistic) + 1)
 

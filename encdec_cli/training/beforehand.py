@@ -49,6 +49,8 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
     _check_processes(recipe, ranks, say)
+    if recipe.risk.metric and not starts and not any((run / "checkpoints").glob("step_*")):
+        say("note: risk.metric: the outputs of a model that has learned nothing are noise; begin with --init-from")
     for key, why in _idle(recipe):
         say(f"note: {key} does nothing {why}")
     train = recipe.train
@@ -138,6 +140,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     train, regularize = recipe.train, recipe.regularize
     dropouts = [value for key, value in vars(recipe.model.config).items() if "dropout" in key]
     hiding = regularize.word_dropout_source or regularize.word_dropout_target
+    all_risk = bool(recipe.risk.metric) and recipe.risk.weight == 1
+    taught = recipe.teacher.model and recipe.teacher.weight
     validated, unigram = train.validate_every, regularize.smoothing_prior == "unigram"
     needs = (
         ("train.average", train.average, validated, "without train.validate_every"),
@@ -145,6 +149,10 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         ("train.average_of", train.average_of != "last", train.average, "without train.average"),
         ("regularize.rdrop", regularize.rdrop, any(dropouts) or not dropouts, "without dropout: its two passes agree"),
         ("regularize.smoothing_prior", unigram, train.label_smoothing, "without train.label_smoothing"),
+        ("regularize.rdrop", regularize.rdrop, not all_risk, "with risk.weight=1"),
+        ("regularize.smoothing_prior", unigram, not all_risk, "with risk.weight=1"),
+        ("teacher.model", recipe.teacher.model, taught, "with teacher.weight=0"),
+        ("teacher.model", taught, not all_risk, "with risk.weight=1"),
         ("regularize.word_dropout_warmup", regularize.word_dropout_warmup, hiding, "without word dropout"),
     )
     yield from ((key, why) for key, asked, needed, why in needs if asked and not needed)

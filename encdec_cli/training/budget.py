@@ -34,6 +34,8 @@ def settle(setting: Setting) -> Setting:
     if before is not None:
         return _with(setting, before["recipe"]["train"]["tokens"])
     longest = setting.data.longest("train")
+    if setting.recipe.risk.metric:
+        setting.say("train.tokens: auto: to try sizes takes minutes with risk.metric; a number spares that")
     silent = replace(setting, say=_nothing, say_own=_nothing)  # what it would say the run says again
     trainer = Trainer(_with(silent, max(_FIRST, longest)))
     with closing(trainer):

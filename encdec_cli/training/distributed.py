@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
@@ -21,6 +22,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from encdec_cli.errors import EncdecError, ResourceError, UsageError
 from encdec_cli.recipe import Parallel
 from encdec_cli.training.rollcall import FIRST, RollCall
+from encdec_cli.training.signals import Stop
 
 T = TypeVar("T")
 
@@ -30,6 +32,8 @@ _START = 6
 """How many times as long as later a process is waited for at first: some import from slow disks."""
 _LIMIT = 3
 """How many times as long a collective is waited for. The roll call gives up first: it can say who is missing."""
+_STOP = "stop"
+"""The key in the store by which a process says that a signal has asked it to stop."""
 _POLL, _LONGEST_POLL = 0.01, 0.5
 """Seconds between two looks for what another process is to write: at first, and after a while, for a thousand ask."""
 
@@ -53,6 +57,8 @@ class Ranks:
         self.tensor = tensor
         self._roll = roll
         self._told = 0
+        self._work = ""
+        self._stop: Stop | None = None
         self.mates: dist.ProcessGroup | None = None
         """Those who share the layers with this process; see `divide`."""
         self.peers: dist.ProcessGroup | None = None
@@ -90,6 +96,17 @@ class Ranks:
         That is every `data`-th, from the number of its group on.
         """
         return items[self.rank // self.tensor :: self.data]
+
+    def heed(self, stop: Stop) -> None:
+        """Let a signal to this process reach the first one, too, which alone can break off what the others wait for."""
+        self._stop = stop
+        if self._roll is not None and self.first:
+            stop.elsewhere = partial(_is_told, self._roll.store)
+
+    def begin(self, what: str) -> str:
+        """Note the work that what is computed from now on is part of; return it."""
+        self._work = what
+        return what
 
     def sum(self, what: str, tensors: Iterable[Tensor], group: dist.ProcessGroup | None = None) -> None:
         """Replace each tensor by its sum over all processes, or a group; all of one type and device, in buckets.
@@ -165,7 +182,8 @@ class Ranks:
         if self._roll is None:
             yield
             return
-        with self._roll.waiting(what, patient=patient, works=True):
+        where = f"{what} of {self._work}" if self._work else what
+        with self._roll.waiting(where, patient=patient, works=True):
             yield
             _settle()
 
@@ -182,14 +200,23 @@ class Ranks:
         self._roll.store.set(f"met/{self._told}/{self.rank}", "")
         self._await(self._roll, what, [f"met/{self._told}/{rank}" for rank in range(self.world)])
 
-    @staticmethod
-    def _await(roll: RollCall, what: str, keys: list[str], whom: Sequence[int] | None = None) -> None:
-        pause = _POLL
+    def _await(self, roll: RollCall, what: str, keys: list[str], whom: Sequence[int] | None = None) -> None:
+        pause, told = _POLL, self._stop is None or self.first
         with roll.waiting(what, patient=True, whom=whom):
             while not roll.store.check(keys):
                 roll.check_lost(keys)
+                if not told and self._stop:
+                    roll.store.set(_STOP, "")
+                    told = True
                 time.sleep(pause)
                 pause = min(1.2 * pause, _LONGEST_POLL)
+
+
+def _is_told(store: Store) -> bool:
+    try:
+        return store.check([_STOP])
+    except RuntimeError:  # the store is gone: whoever waits next says so
+        return False
 
 
 def _settle() -> None:

@@ -52,6 +52,8 @@ class History:
     saved: Saved | None
     facts: dict[str, Any]
     """What the run is made of: `recipe`, `threads`, `versions` and so on; empty before its first update."""
+    damaged: tuple[int, ...] = ()
+    """Numbers of the log's lines that are none, counted from 1; they are left out."""
 
     @cached_property
     def recipe(self) -> dict[str, Any]:
@@ -64,6 +66,11 @@ class History:
                 {f"{name}.{key}": v for key, v in section.items()} if isinstance(section, dict) else {name: section}
             ).items()
         }
+
+    def notes(self) -> list[str]:
+        """Return what a start said that changed when the run went on, each with the update of its line in the log."""
+        found = [(line["step"], line[CLOCK].get("notes")) for line in self.lines]
+        return [f"by update {step}: {note}" for step, notes in found if isinstance(notes, list) for note in notes]
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """Return the lines of one event, such as `train` and `valid`."""
@@ -83,7 +90,7 @@ class History:
         if self.lines and self.lines[-1].get("done") == "stopped":
             return "failed"
         saved = self.saved.progress if self.saved else {}
-        is_saved = saved.get("log_lines", 0) == len(self.lines)
+        is_saved = saved.get("log_lines", 0) == len(self.lines) + len(self.damaged)
         if is_saved and saved.get("finished"):
             return "finished"
         if self.alive is None:
@@ -109,15 +116,21 @@ class History:
 
     def alarms(self, now: float) -> list[str]:
         """Return what somebody should look at, in sentences without a full stop."""
-        found = [f"update {line['step']} {line['done']}: {line['found']}" for line in self.events("non_finite")[-3:]]
+        found = [
+            f"update {line['step']} {line.get('done')}: {line.get('found')}" for line in self.events("non_finite")[-3:]
+        ]
         found += self._rising()
         times = [line["seconds"] for line in self.lines[-20:]]
         usual = max((b - a for a, b in pairwise(times)), default=0.0)
         if self.alive and self.written and now - self.written > max(_QUIET, 5 * usual):
             found.append(f"no line in the log for {now - self.written:.0f} s, at most {usual:.0f} s were usual")
         free = shutil.disk_usage(self.run).free
-        if self.saved and free < 3 * self.saved.bytes:
-            found.append(f"{free >> 20} MiB of disk left, a checkpoint takes {self.saved.bytes >> 20}")
+        if self.saved and self.state != "finished" and free < 3 * self.saved.bytes:
+            size = f"{self.saved.bytes / (1 << 20):.3g} MiB"
+            found.append(f"{free / (1 << 20):.3g} MiB of disk left, a checkpoint takes {size}")
+        if self.damaged:
+            listed = ", ".join(map(str, self.damaged[:5]))
+            found.append(f"the log is damaged: {len(self.damaged)} lines are none, the first of them {listed}")
         if self.state == "dead":
             lost = self.step - (self.saved.progress["step"] if self.saved else 0)
             found.append(f"it died; `encdec train` repeats the last {lost} updates and goes on")
@@ -125,7 +138,7 @@ class History:
 
 
 def read(run: Path) -> History:
-    """Read a run. Raises UsageError if the folder is none, BundleError if its log is damaged."""
+    """Read a run. Raises UsageError if the folder is none, BundleError if what it is made of cannot be read."""
     log = run / "log.jsonl"
     if not (run / "lock").is_file() and not log.is_file():
         raise UsageError(f"{run}: not the folder of a run (neither lock nor log.jsonl); give one such as runs/mt.")
@@ -133,25 +146,53 @@ def read(run: Path) -> History:
     saved, facts = _newest(run / "checkpoints")
     if (run / FACTS).is_file():
         facts = atomic.read_json(run / FACTS)
+        if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
+            raise BundleError(f"{run / FACTS}: expected an object with 'recipe'; the next start writes it anew.")
     written = log.stat().st_mtime if log.is_file() else 0.0
-    return History(run, holder, alive, read_log(log), written, saved, facts)
+    lines, damaged = read_log(log)
+    return History(run, holder, alive, lines, written, saved, facts, tuple(damaged))
 
 
-def read_log(log: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log as `History` has them. Raises BundleError that names one that is none."""
+def read_log(log: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """Return the lines of a log as `History` has them, and the numbers of those that are none, counted from 1."""
     content = log.read_bytes() if log.is_file() else b""
+    damaged: list[int] = []
     lines, past, last, tokens = [], 0.0, 0.0, 0
     for number, text in enumerate(content.split(b"\n")[:-1], 1):  # what follows is being written
-        try:
-            line = json.loads(text)
-            seconds = line[CLOCK].get("seconds") or last
-            line["step"] + 0, line["event"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BundleError(f"{log}:{number}: not a line of a log ({error}); the file is damaged.") from error
+        line = _line(text)
+        if line is None:
+            damaged.append(number)
+            continue
+        seconds = line[CLOCK].get("seconds") or last
         past += last if seconds < last else 0.0  # another process, whose clock began anew
         last, tokens = seconds, line.get("tokens", tokens)
         lines.append(line | {"tokens": tokens, "seconds": past + seconds})
-    return lines
+    return lines, damaged
+
+
+_NUMBER = (int, float, type(None))
+_FIELDS: dict[str, dict[str, Any]] = {
+    "train": {"loss": _NUMBER, "rate": _NUMBER, "norm": _NUMBER, "epoch": int, "tokens": int},
+    "non_finite": {"found": str, "done": str},
+}
+"""What fields of an event are, where a line has them."""
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
+    """Return a line of the log, or None if it is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    clock = line.get(CLOCK) if isinstance(line, dict) else None
+    if not isinstance(clock, dict) or not isinstance(clock.get("seconds"), _NUMBER):
+        return None
+    if not isinstance(line.get("step"), int) or not isinstance(line.get("event"), str):
+        return None
+    wanted = _FIELDS.get(line["event"], {})
+    if line["event"] == "valid":  # all but a few fields are scores
+        wanted = dict.fromkeys(line.keys() - {"event", CLOCK}, _NUMBER)
+    return line if all(isinstance(line[key], kind) for key, kind in wanted.items() if key in line) else None
 
 
 def _holder(lock: Path) -> tuple[str, bool | None]:
@@ -186,6 +227,10 @@ def _is_same(descriptor: Path, file: Path) -> bool:
         return False
 
 
+_PROGRESS: dict[str, Any] = {"step": int, "log_lines": int, "finished": bool, "best": _NUMBER, "model": str}
+"""What is asked of a checkpoint's progress."""
+
+
 def _newest(folder: Path) -> tuple[Saved | None, dict[str, Any]]:
     """Return the newest checkpoint below `folder`, as far as it can be read, and its facts."""
     for path in sorted(folder.glob("step_*"), reverse=True):
@@ -194,7 +239,11 @@ def _newest(folder: Path) -> tuple[Saved | None, dict[str, Any]]:
         try:
             content = atomic.read_json(path / "progress.json")
             size = sum(file.stat().st_size for file in path.iterdir())
-            return Saved(content["progress"], path.stat().st_mtime, size), content["facts"]
+            progress, facts = content["progress"], content["facts"]
+            if not all(isinstance(progress[key], kind) for key, kind in _PROGRESS.items()):
+                continue
+            if isinstance(facts["recipe"], dict):
+                return Saved(progress, path.stat().st_mtime, size), facts
         except (BundleError, OSError, KeyError, TypeError):
-            continue  # damaged, or deleted while it was read
+            continue  # damaged, of another version, or deleted while it was read
     return None, {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from encdec_cli.bundle.bundle import Bundle, build_model
 from encdec_cli.bundle.tensors import load_weights
-from encdec_cli.errors import UsageError
+from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.models.model import Model
 from encdec_cli.recipe import Recipe
 from encdec_cli.text.tokenizer import Tokenizer
@@ -20,6 +20,25 @@ _BYTE = "<0x"
 
 Origin = Sequence[Sequence[int]]
 """For each token of a new vocabulary the tokens of an old one that it is made from; none if it is new."""
+
+
+def check_fits(recipe: Recipe, bundle: Bundle) -> None:
+    """Raise BundleError, before any data is read, if a recipe's model is not of the shape of the bundle's.
+
+    Weights of the same sizes may mean something else, by another activation or number of heads, say.
+    """
+    ours, theirs = recipe.model.plain(), bundle.recipe.model.plain()
+    if ours["name"] != theirs["name"]:
+        return  # a plugin may change what does not change the weights
+    free = {key for key in ours if "dropout" in key}
+    if "learned" not in (ours.get("positions"), theirs.get("positions")):
+        free.add("max_positions")
+    other = [key for key in sorted(ours.keys() | theirs.keys()) if key not in free and ours.get(key) != theirs.get(key)]
+    if other:
+        listed = ", ".join(f"model.{key} is {ours.get(key)!r}, was {theirs.get(key)!r}" for key in other)
+        raise BundleError(
+            f"--init-from: the model is another: {listed}; give the recipe the values that it was trained with."
+        )
 
 
 def take_weights(model: Model, recipe: Recipe, bundle: Bundle, source: Tokenizer, target: Tokenizer) -> list[str]:

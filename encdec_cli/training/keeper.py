@@ -18,7 +18,7 @@ from encdec_cli.bundle.run import point
 from encdec_cli.errors import BundleError
 from encdec_cli.recipe import Train
 from encdec_cli.training.account import work
-from encdec_cli.training.nonfinite import anchor
+from encdec_cli.training.nonfinite import anchor, before_row
 from encdec_cli.training.signals import Stop
 from encdec_cli.training.validation import Validation, finite
 
@@ -97,6 +97,14 @@ class Keeper:
             progress.model = step_name(progress.step)
         return True
 
+    def check_start(self) -> None:
+        """Raise BundleError if there was a checkpoint once, which `bundle` tells: to start anew would delete models."""
+        if self.link.is_symlink():
+            raise BundleError(
+                f"{self.checkpoints}: no checkpoint to go on from, but {self.folder} has models of this run; bring the "
+                "checkpoints back, or start anew with --output FOLDER, or delete the folder of the run."
+            )
+
     def publish(self, progress: Progress) -> None:
         """Let `bundle` name the best model; then delete old checkpoints, and models that no checkpoint refers to.
 
@@ -104,7 +112,9 @@ class Keeper:
         """
         if progress.model:
             point(self.link, self.folder / progress.model)
-        goal = anchor(self.train, checkpoint.steps(self.checkpoints)) if self.train.on_nan == "rollback" else None
+        saved = checkpoint.steps(self.checkpoints)
+        rolls = self.train.on_nan == "rollback"
+        goal = anchor(self.train, saved) if rolls else before_row(saved, progress.skipped, progress.step)
         checkpoint.drop(self.checkpoints, self.train.keep, goal)
         if self.folder.is_dir():
             wanted = {*checkpoint.models(self.checkpoints), self.link.resolve().name}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,21 +27,35 @@ class Log:
     def __init__(self, path: Path, board: Board | None = None) -> None:
         self.path = path
         self.board = board
+        self._notes: list[str] = []
 
-    def keep(self, lines: int) -> None:
+    def noting(self, say: Callable[[str], None]) -> Callable[[str], None]:
+        """Return a `say` whose sentences the next line tells, too, among what a repetition would not write."""
+
+        def note(sentence: str) -> None:
+            self._notes.append(sentence)
+            say(sentence)
+
+        return note
+
+    def keep(self, lines: int, say: Callable[[str], None] | None = None) -> int:
         """Cut off all but the first `lines`, and a line that a killed process left unfinished, in one replacement.
 
         Lines are counted since a step alone does not tell: a run can be saved before and after the same validation.
-        If there are fewer the log goes on with these. Raises ResourceError if the file cannot be written.
+        If there are fewer, or damaged ones, `say` is told and the log goes on with these; returns how many there are.
+        Raises ResourceError if the file cannot be written.
         """
-        if not self.path.exists():
-            return
         with atomic.disk_errors(self.path):
-            content = self.path.read_bytes()
+            content = self.path.read_bytes() if self.path.exists() else b""
         kept = b"".join(line + b"\n" for line in content.split(b"\n")[:-1][:lines])
         kept = kept[: kept.rfind(b"\n") + 1]
         if kept != content:
             atomic.write_file(self.path, kept)
+        found = kept.split(b"\n")[:-1]
+        bad = sum(not _is_object(line) for line in found)
+        if say is not None and (bad or len(found) < lines):
+            say(f"note: {self.path}: of {lines} lines {lines - len(found)} are lost and {bad} damaged; the run goes on")
+        return len(found)
 
     def write(self, step: int, event: str, fields: Mapping[str, Any], clock: Mapping[str, Any]) -> None:
         """Append one line, and hand it to the system at once. Raises ResourceError if the file cannot be written.
@@ -52,7 +66,9 @@ class Log:
             fields: what a repetition of the run would write again; numbers that are not finite become null.
             clock: dates, seconds, speeds: all that a repetition would not write again.
         """
-        line = _plain({"event": event, "step": step, **fields, CLOCK: clock})
+        notes: dict[str, Any] = {"notes": self._notes} if self._notes else {}
+        line = _plain({"event": event, "step": step, **fields, CLOCK: {**clock, **notes}})
+        self._notes = []
         content = json.dumps(line, allow_nan=False) + "\n"
         with atomic.disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,6 +83,13 @@ class Log:
             return
         with atomic.disk_errors(self.path), self.path.open("ab") as file:
             os.fsync(file.fileno())
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _plain(value: Any) -> Any:

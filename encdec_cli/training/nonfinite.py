@@ -54,6 +54,29 @@ def anchor(train: Train, steps: Iterable[int]) -> int | None:
     return max((step for step in steps if any(step % number == 0 for number in every)), default=None)
 
 
+def before_row(steps: Iterable[int], skipped: Sequence[int], last: int) -> int | None:
+    """Return the newest of the checkpoints of these updates from before the row of updates left out that `last` ends.
+
+    What made them so may have been learned just before: those saved since then may be ruined. None if `last` was made.
+    """
+    left_out, first = set(skipped), last
+    while first in left_out:
+        first -= 1
+    return None if first == last else max((step for step in steps if step <= first), default=None)
+
+
+def stopped(what: str, reason: str, steps: Sequence[int], skipped: Sequence[int], step: int) -> str:
+    """Return what a run says that stops at update `step`, whose checkpoints are of `steps`."""
+    newest, before = max(steps, default=None), before_row(steps, [*skipped, step], step)
+    saved = "nothing was saved yet" if newest is None else f"the last checkpoint is of update {newest}"
+    if before is not None and before != newest:
+        saved += f", the last from before updates were left out of {before}: delete the later ones to go back to it"
+    return (
+        f"{what}; no update was made with it, and {saved}; {reason}; lower train.rate, raise train.warmup, or use "
+        "train.precision=fp32."
+    )
+
+
 def reason_to_stop(train: Train, step: int, skipped: Sequence[int], back_to: int | None) -> str | None:
     """Return why the run must not go on after update `step` was left out, or None.
 

@@ -100,8 +100,12 @@ def _unbroken(words: Sequence[str], run: Path, steps: int) -> tuple[float, float
     """Train a run to its end; return what `_Moments` wants to know."""
     began = time.monotonic()
     process = _start(words, run)
-    _wait(process, run, 1)
-    first = time.monotonic()
+    try:
+        _wait(process, run, 1)
+        first = time.monotonic()
+    except BaseException:
+        process.kill()
+        raise
     _finish(process, run)
     return first - began, (time.monotonic() - first) / steps
 

@@ -206,7 +206,9 @@ class RollCall:
         except ResourceError as error:
             return error
         except RuntimeError as error:
-            return self._leaving(f"process 0, which holds the store, is gone ({_first_line(error)})")
+            return self._leaving(
+                f"process 0, or torchrun on its machine, which holds the store, is gone ({_first_line(error)})"
+            )
 
     def _try_set(self, key: str, value: str) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,11 +15,13 @@ class Stop:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.elsewhere: Callable[[], bool] | None = None
+        """Tells whether another process was asked to."""
         self.at_once = True
         """Whether a signal raises StoppedError where the work stands: as long as there is nothing to save."""
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.signal is not None or (self.elsewhere is not None and self.elsewhere())
 
     def error(self, message: str) -> StoppedError:
         """Return the error to leave with: exit 143 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
@@ -37,7 +39,7 @@ def watched() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop:
+        if stop.signal is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return

@@ -40,7 +40,7 @@ class Board:
 
     def _begun(self) -> Path:
         """Return the file of this process, with all that the log tells so far."""
-        lines = read_log(self.log)
+        lines, _ = read_log(self.log)
         start = time.time() - lines[-1]["seconds"]
         # TensorBoard reads files by name, one after the other, and forgets at this mark what it knew of the run.
         path = self.folder / f"events.out.tfevents.{time.time_ns()}"

@@ -219,7 +219,7 @@ class Trainer:
     def update(self, batches: Sequence[Ints], show: Show) -> None:
         """One update: the gradient of the mean loss over all target tokens of all micro-batches, then a step."""
         progress, step = self.progress, self.progress.step + 1
-        what, numbers = f"update {step}", self.ranks.share(range(len(batches)))
+        what, numbers = self.ranks.begin(f"update {step}"), self.ranks.share(range(len(batches)))
         loaded = [self.feed(batches[number], step) for number in numbers]
         tokens, *counts = self._count(what, loaded)
         loss = 0.0
@@ -245,7 +245,7 @@ class Trainer:
         progress.positions += counts[1]
         progress.real += counts[2]
         show(step, loss / tokens, tokens, progress.best)
-        if step % self.train.log_every == 0:
+        if step % self.train.log_every == 0 or step == self.train.steps:
             self._log_training(rate, norm)
 
     def _count(self, what: str, batches: Sequence[Batch]) -> list[int]:
@@ -282,23 +282,20 @@ class Trainer:
         first = progress.step * train.accumulate
         places = [(*divmod(first + part, len(self.sampler)), self.feed(batches[part], step)) for part in parts]
         counts = self.setting.data.facts["splits"]["train"]
-        what = f"update {step}: {found}, from {nonfinite.named(places, counts['read'] == counts['kept'])}"
-        back_to = nonfinite.anchor(train, checkpoint.steps(self.checkpoints))
+        where = nonfinite.named(places, counts["read"] == counts["kept"])
+        what, saved = f"update {step}: {found}, from {where}", checkpoint.steps(self.checkpoints)
+        back_to, tell = nonfinite.anchor(train, saved), partial(self._write_log, "non_finite", step=step)
         reason = nonfinite.reason_to_stop(train, step, progress.skipped, back_to)
         if reason is not None:  # nothing is saved: what came before may be what ruined the weights
-            self._let_first("the log", partial(self._write_log, "non_finite", {"found": found, "done": "stopped"}))
-            newest = max(checkpoint.steps(self.checkpoints), default=0)
-            raise NonFiniteError(
-                f"{what}; the weights are untouched and the last checkpoint is good (update {newest}); {reason}; "
-                "lower train.rate, raise train.warmup, or use train.precision=fp32."
-            )
+            self._let_first("the log", partial(tell, {"found": found, "where": where, "done": "stopped"}))
+            raise NonFiniteError(nonfinite.stopped(what, reason, saved, progress.skipped, step))
         if train.on_nan == "rollback" and back_to is not None:
             self._take(checkpoint.load(self.checkpoints, back_to, self.optimizer.pieces()).tensors)
         done = "left out" if train.on_nan == "skip" else f"left out, with all updates after {back_to}"
         self.setting.say(f"{what}; {done}")
         progress.skipped.append(step)
         self._passed(batches)
-        self._let_first("the log", partial(self._write_log, "non_finite", {"found": found, "done": done}))
+        self._let_first("the log", partial(tell, {"found": found, "where": where, "done": done}))
 
     def _log_training(self, rate: float, norm: float) -> None:
         progress = self.progress
@@ -339,8 +336,8 @@ class Trainer:
         vars(self.progress).update(progress)
         return result
 
-    def _write_log(self, event: str, fields: Mapping[str, Any]) -> None:
-        self.log.write(self.progress.step, event, fields, self._spend())
+    def _write_log(self, event: str, fields: Mapping[str, Any], step: int | None = None) -> None:
+        self.log.write(self.progress.step if step is None else step, event, fields, self._spend())
         self.progress.log_lines += 1
 
     def _spend(self) -> dict[str, Any]:
@@ -368,7 +365,7 @@ class Trainer:
             check_start(self.setting.recipe.lora, self.setting.init_from is not None)
             return
         found = checkpoint.read(self.checkpoints, step, self.optimizer.pieces())
-        resume.check(found.facts, self.facts, self.run_folder, self.setting.say)
+        resume.check(found.facts, self.facts, self.run_folder, self.log.noting(self.setting.say))
         self.progress = found.progress
         self.progress.finished = found.progress.finished and self._is_over()
         self._let_first("the start", self._go_on)
@@ -385,11 +382,12 @@ class Trainer:
         recover(self.run_folder)
         step = checkpoint.newest(self.checkpoints, self.setting.say)
         if step is None:
+            self.keeper.check_start()
             self.log.keep(0)
         return step
 
     def _go_on(self) -> None:
-        self.log.keep(self.progress.log_lines)
+        self.progress.log_lines = self.log.keep(self.progress.log_lines, self.setting.say)
         self.keeper.forget_lost(self.progress)
         self.keeper.publish(self.progress)
 
