@@ -75,7 +75,7 @@ def test_the_last_and_the_best_models_of_a_run(forks, corpus, tmp_path, metric):
     (parts / "step_00000016.tmp-1").mkdir()  # of a save that was killed
     many = forks("average", run, "--last", "9", "--output", tmp_path / "no")
     assert many.wait() == 2
-    assert "has 8 such models, not 9; train.average=9" in many.stderr
+    assert "has 8 such models, not 9; one of each validation is kept" in many.stderr
 
 
 def test_the_mean_of_one_model_with_itself_is_that_model(forks, run, tmp_path):

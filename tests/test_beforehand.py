@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
-from encdec_cli.errors import BundleError, UsageError
+from encdec_cli.errors import BundleError, DataError, UsageError
 from encdec_cli.recipe import load
 from encdec_cli.training.beforehand import check
 from encdec_cli.training.distributed import Ranks
@@ -34,10 +34,12 @@ def told(folder: Path, *overrides: str, world: int = 1, starts: bool = False) ->
         ("risk.metric=perplexity", "risk.metric: perplexity judges no outputs"),
         ("risk.metric=bluu", "no metric 'bluu'"),
         ("teacher.model=nowhere", "nowhere: no such model folder"),
+        ("guide={weight: 0.1, alignments: nowhere}", "guide.alignments: nowhere: there is no such file"),
+        ("regularize.subword_sampling=0.1", "regularize.subword_sampling: a word tokenizer knows one way"),
     ],
 )
 def test_what_needs_no_data_is_told_without_any(tmp_path, key, message):
-    with pytest.raises((UsageError, BundleError), match=message):
+    with pytest.raises((UsageError, BundleError, DataError), match=message):
         told(tmp_path, key)
 
 

@@ -72,7 +72,10 @@ def _of_run(runs: list[Path], last: int | None, best: int | None) -> list[Path]:
     if best and kept:
         kept = _by_score(run, kept)
     if len(kept) < count:
-        raise UsageError(f"{run}: has {len(kept)} such models, not {count}; train.average={count} keeps so many.")
+        raise UsageError(
+            f"{run}: has {len(kept)} such models, not {count}; one of each validation is kept, as many as "
+            "train.average says."
+        )
     return sorted(kept[-count:])
 
 

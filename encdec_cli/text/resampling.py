@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from random import Random
+from typing import cast
 
 from encdec_cli.errors import UsageError
 from encdec_cli.text.subword import SentencePiece
@@ -25,6 +26,20 @@ Arcs = tuple[list[float], list[tuple[int, int]]]
 """The pieces that may end at a place of a word: their cumulated weights; where each begins, and its id."""
 
 
+def check_sampling(kind: str, algorithm: str, amount: float) -> None:
+    """Raise UsageError if a tokenizer of this kind, learned by this algorithm, cannot draw segmentations."""
+    if kind != SentencePiece.kind:
+        raise UsageError(
+            f"regularize.subword_sampling: a {kind} tokenizer knows one way only to cut a text; use "
+            "text.tokenizer: sentencepiece, or leave it out."
+        )
+    if algorithm == "bpe" and amount >= 1:
+        raise UsageError(
+            f"regularize.subword_sampling: {amount} is the probability of leaving out a merge with text.algorithm: "
+            "bpe; use a number below 1, such as 0.1."
+        )
+
+
 class Resampler:
     """Draws another segmentation for ids of a tokenizer; the text they spell stays the same.
 
@@ -35,21 +50,13 @@ class Resampler:
         algorithm: what the pieces were learned with. `unigram`: a word's segmentations are drawn by their
             probability to the power `amount`. `bpe`: each possible merge is left out with probability `amount`, anew
             after each merge.
-        amount: above 0; UsageError if it is no probability with `bpe`.
+        amount: above 0, with `bpe` below 1; see `check_sampling`.
         symbols: strings that are always one token.
     """
 
     def __init__(self, tokenizer: Tokenizer, algorithm: str, amount: float, symbols: Collection[str]) -> None:
-        if not isinstance(tokenizer, SentencePiece):
-            raise UsageError(
-                f"regularize.subword_sampling: a {tokenizer.kind} tokenizer knows one way only to cut a text; use "
-                "text.tokenizer: sentencepiece, or leave it out."
-            )
-        if algorithm == "bpe" and amount >= 1:
-            raise UsageError(
-                f"regularize.subword_sampling: {amount} is the probability of leaving out a merge with text.algorithm: "
-                "bpe; use a number below 1, such as 0.1."
-            )
+        check_sampling(tokenizer.kind, algorithm, amount)
+        tokenizer = cast(SentencePiece, tokenizer)
         self._amount = amount
         self._tokens = tokenizer.vocabulary.tokens
         self._scores = {id: score for id, score in tokenizer.scores().items() if self._tokens[id] not in symbols}

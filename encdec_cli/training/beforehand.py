@@ -10,11 +10,12 @@ import torch
 
 from encdec_cli.bundle.bundle import build_model, identity
 from encdec_cli.config import parse_component
-from encdec_cli.errors import UsageError
+from encdec_cli.errors import DataError, UsageError
 from encdec_cli.evaluation.metrics import Metric, try_out
 from encdec_cli.models.parts import Part, check_can_divide, divide
 from encdec_cli.recipe import Recipe
 from encdec_cli.registry import metrics
+from encdec_cli.text.resampling import check_sampling
 from encdec_cli.training.compiling import compiles
 from encdec_cli.training.distributed import Ranks
 from encdec_cli.training.guide import chosen_head
@@ -46,6 +47,11 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
             raise UsageError(
                 "regularize.rdrop: a run with a teacher has no R-Drop; set it to 0, or teacher.model to null."
             )
+    if recipe.regularize.subword_sampling:
+        check_sampling(recipe.text.tokenizer, recipe.text.algorithm, recipe.regularize.subword_sampling)
+    links = recipe.guide.alignments
+    if recipe.guide.weight and links and links != "-" and not Path(links).is_file():
+        raise DataError(f"guide.alignments: {links}: there is no such file.")
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
     _check_processes(recipe, ranks, say)
