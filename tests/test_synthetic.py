@@ -111,6 +111,26 @@ def test_monolingual_lines_get_tagged_sources_beside_the_real_pairs(root, model)
     assert prepared_data(load(BACK, root, model, "data.drop=[]", "data.real=3"), root / "run", print)[1] is False
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted", "noted"),
+    [
+        (DISTILLED, ["en", "de"], False),
+        (DISTILLED, ["de", "en"], True),
+        (BACK, ["en", "de"], True),
+        (BACK, ["de", "en"], False),
+        (BACK, ["", ""], False),
+    ],
+)
+def test_a_model_of_the_other_direction_is_noted(root, model, text, wanted, noted):
+    bundle = Bundle.load(model, "cpu")
+    task = bundle.recipe.task.config
+    task.source_language, task.target_language = "en", "de"
+    save(bundle, root / "known")
+    said: list[str] = []
+    write_outputs(corpus(text, root, root / "known"), root / "written", "cpu", said.append, wanted)
+    assert any("translates en to de, where" in sentence for sentence in said) == noted
+
+
 @pytest.mark.parametrize(("tag", "begins"), [("", "ba"), ("<synthetic>", "<synthetic> ba")])
 def test_the_tag_may_be_another_or_none(root, model, tag, begins):
     made = corpus(BACK, root, model, f"data.tag='{tag}'")

@@ -79,7 +79,8 @@ def _headline(history: History) -> str:
 def _learning(history: History) -> list[str]:
     lines = history.events("train")
     if not lines:
-        return ["no update in the log yet"]
+        every = history.recipe.get("train.log_every")
+        return ["no update in the log yet" + (f"; the first line comes with update {every}" if every else "")]
     last, speed, steps = lines[-1], history.speed(), history.recipe.get("train.steps")
     words = [f"{name} {last[name]:.4g}" for name in ("loss", "rate", "norm") if last.get(name) is not None]
     words += [f"epoch {last['epoch']}"] if "epoch" in last else []

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from encdec_cli.corpora.files import file_facts
 from encdec_cli.corpora.synthetic import Synthetic
@@ -22,6 +23,8 @@ class Backtranslation(Synthetic):
     than a beam (Edunov et al. 2018, https://arxiv.org/abs/1808.09381), and a tag makes up for most of the difference
     (Caswell et al. 2019, https://arxiv.org/abs/1906.06442).
     """
+
+    writes_sources: ClassVar[bool] = True
 
     monolingual: list[Path]
     """Files with a text of the target language a line, plain or gzip."""

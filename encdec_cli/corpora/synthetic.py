@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from encdec_cli import atomic
 from encdec_cli.config import Chosen, Component
@@ -29,6 +29,9 @@ Trouble = Literal["empty", "truncated", "max-length", "loop", "length", "copy"]
 @dataclass(kw_only=True)
 class Synthetic(Corpus):
     """A corpus whose training pairs are, some or all, written by models; its held-out splits are real."""
+
+    writes_sources: ClassVar[bool] = False
+    """Whether the models read targets and write sources."""
 
     corpus: Annotated[Component, Chosen(corpora, example="files")]
     """The corpus of the real pairs, a section of its own such as `{name: files, train: …}`."""

@@ -50,7 +50,7 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     if recipe.regularize.subword_sampling:
         check_sampling(recipe.text.tokenizer, recipe.text.algorithm, recipe.regularize.subword_sampling)
     links = recipe.guide.alignments
-    if recipe.guide.weight and links and links != "-" and not Path(links).is_file():
+    if recipe.guide.weight and links and links != "-" and not Path(links).exists():
         raise DataError(f"guide.alignments: {links}: there is no such file.")
     if recipe.train.tensorboard and find_spec("tensorboard") is None:
         raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")

@@ -35,10 +35,10 @@ def prepared_data(recipe: Recipe, run: Path, say: Callable[[str], None], device:
         return Prepared.open(folder), False
     if isinstance(corpus, Synthetic):
         # It needs torch, most corpora do not.
-        from encdec_cli.training.synthesis import FOLDER, check_writers, write_outputs  # noqa: PLC0415
+        from encdec_cli.training.synthesis import FOLDER, check_writers, languages, write_outputs  # noqa: PLC0415
 
         check_writers(recipe, run)
-        write_outputs(corpus, run / FOLDER, device, say)
+        write_outputs(corpus, run / FOLDER, device, say, languages(recipe))
     say(f"preparing data in {folder}")
     return prepare(recipe.task.config, corpus, recipe.text, mark, folder, say, partial(_accept, recipe, run)), True
 

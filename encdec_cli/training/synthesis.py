@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -33,12 +33,14 @@ _STATE = "state.json"
 _SAY_EVERY = 30.0
 
 
-def write_outputs(corpus: Synthetic, folder: Path, device: str, say: Callable[[str], None]) -> None:
+def write_outputs(
+    corpus: Synthetic, folder: Path, device: str, say: Callable[[str], None], wanted: Sequence[str] = ("", "")
+) -> None:
     """Let the models of a corpus write what it asks for into a folder, and tell the corpus where it lies.
 
     What another process has written of the same is kept, and the rest is written after it; the outputs of other
     models, or for other lines, are deleted. Call it where no other process can be writing the folder. `say` is given
-    sentences for the user.
+    sentences for the user, one of them for a model that is known not to translate the `wanted` way, see `languages`.
     """
     atomic.recover(folder)
     recover(folder)
@@ -49,7 +51,7 @@ def write_outputs(corpus: Synthetic, folder: Path, device: str, say: Callable[[s
         found = {"mark": mark, "models": corpus.identities(), "complete": False}
         atomic.write_file(state, atomic.json_bytes(found))
     if not found["complete"]:
-        _write_rest(corpus, folder, device, say)
+        _write_rest(corpus, wanted[::-1] if corpus.writes_sources else wanted, folder, device, say)
         atomic.write_file(state, atomic.json_bytes({**found, "complete": True}))
     corpus.written = folder
 
@@ -72,9 +74,20 @@ def check_writers(recipe: Recipe, run: Path) -> None:
         raise resume.refusal(run, verdicts)
 
 
-def _write_rest(corpus: Synthetic, folder: Path, device: str, say: Callable[[str], None]) -> None:
+def languages(recipe: Recipe) -> list[str]:
+    """Return the codes of the languages read and written, empty where a recipe, or its task, names none."""
+    keys = recipe.task.plain()
+    return [keys.get("source_language", ""), keys.get("target_language", "")]
+
+
+def _write_rest(
+    corpus: Synthetic, wanted: Sequence[str], folder: Path, device: str, say: Callable[[str], None]
+) -> None:
     bundles = [Bundle.load(path, device) for path in corpus.models]
-    for bundle in bundles:
+    for path, bundle in zip(corpus.models, bundles, strict=True):
+        known = languages(bundle.recipe)
+        if any(a and b and a != b for a, b in zip(known, wanted, strict=True)):
+            say(f"note: {path}: translates {' to '.join(known)}, where {' to '.join(wanted)} is wanted")
         pack(bundle.model)
     strategy: Strategy = bundles[0].recipe.decoding.config
     if corpus.strategy:
