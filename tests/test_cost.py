@@ -433,7 +433,9 @@ def test_costs_are_added_up_over_processes_and_repeated_work_is_told(tmp_path, c
     assert json.loads((tmp_path / SPENT).read_text())["price"] == 3.6
     for damaged in ("{", "[]", '{"seconds": "many"}', '{"seconds": NaN}'):  # counted anew, never an error
         (tmp_path / SPENT).write_text(damaged)
-        assert Account(tmp_path, cost, CPU, torch.float32, end).spent["seconds"] == 0
+        said: list[str] = []
+        assert Account(tmp_path, cost, CPU, torch.float32, end, say=said.append).spent["seconds"] == 0
+        assert "spent.json: damaged; what the run had cost before is not known" in said[0]
 
 
 def test_energy_that_nobody_knows_is_estimated_from_the_time_of_busy_cores(tmp_path, clock):

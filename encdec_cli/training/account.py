@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Account:
         dtype: of its matrix products.
         progress: what was done before.
         processes: how many do the work together.
+        say: is told if what was spent before cannot be read.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Account:
         dtype: torch.dtype,
         progress: Progress,
         processes: int = 1,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         self.path = run / SPENT
         self.cost = cost
@@ -77,12 +80,12 @@ class Account:
         self.energy = EnergyMeter(device)
         self.ceiling = 0.0
         """FLOPs a second of large matrix products; 0 before it is measured."""
-        self.spent = self._before(progress)
+        self.spent = self._before(progress, say)
         self._begin = self._last = time.perf_counter()
         self._cpu_seconds = time.process_time()
         self._tokens, self._flops, self._updates = progress.tokens, progress.flops, progress.step
 
-    def _before(self, progress: Progress) -> dict[str, Any]:
+    def _before(self, progress: Progress, say: Callable[[str], None] | None) -> dict[str, Any]:
         if not self.path.exists():
             return dict(_NOTHING)
         try:
@@ -92,6 +95,8 @@ class Account:
         told = found if isinstance(found, dict) else {}
         known = {name: value for name in _NOTHING if isinstance(value := told.get(name), int | float)}
         if not all(map(math.isfinite, known.values())) or "seconds" not in known:
+            if say is not None:
+                say(f"note: {self.path}: damaged; what the run had cost before is not known and does not count")
             return dict(_NOTHING)
         return _NOTHING | {"flops": progress.flops} | known  # of before they were counted here: those of the updates
 

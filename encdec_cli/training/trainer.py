@@ -127,7 +127,8 @@ class Trainer:
         self.keeper = Keeper(setting.run, self.train, self.validation, known, *told)
         self._resume()
         machine = torch.device(setting.device), chosen.dtype
-        self.account = Account(setting.run, setting.recipe.cost, *machine, self.progress, self.ranks.world)
+        who = self.ranks.world, setting.say
+        self.account = Account(setting.run, setting.recipe.cost, *machine, self.progress, *who)
 
     @cached_property
     def formula(self) -> flops.Formula:
