@@ -91,7 +91,7 @@ def test_a_line_that_is_being_written_is_left_out_and_a_damaged_one_is_named(tmp
     (run / "log.jsonl").write_text("\n".join([whole[0], "garbage", *whole[2:]]))
     history = read(run)
     assert [each["step"] for each in history.lines] == [10, 20]
-    assert history.alarms(history.written)[0] == "the log is damaged: 1 lines are none, the first of them 2"
+    assert history.alarms(history.written)[0] == "the log is damaged: 1 lines are none, the first is 2"
 
 
 @pytest.mark.parametrize(

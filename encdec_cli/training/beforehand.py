@@ -40,7 +40,22 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     """
     _check_metrics(recipe)
     _check_model(recipe)
-    check_start(recipe.lora, starts or any((run / "checkpoints").glob("step_*")))
+    has_learned = starts or any((run / "checkpoints").glob("step_*"))
+    check_start(recipe.lora, has_learned)
+    _check_teaching(recipe)
+    if recipe.train.tensorboard and find_spec("tensorboard") is None:
+        raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
+    _check_processes(recipe, ranks, say)
+    if recipe.risk.metric and not has_learned:
+        say("note: risk.metric: the outputs of a model that has learned nothing are noise; begin with --init-from")
+    for key, why in _idle(recipe):
+        say(f"note: {key} does nothing {why}")
+    train = recipe.train
+    if train.warmup > train.steps:
+        say(f"note: train.warmup: {train.warmup} of {train.steps} updates, so train.rate is never reached")
+
+
+def _check_teaching(recipe: Recipe) -> None:
     if recipe.teacher.model:
         identity(recipe.teacher.model)
         if recipe.regularize.rdrop:
@@ -52,16 +67,6 @@ def check(recipe: Recipe, run: Path, starts: bool, ranks: Ranks, say: Callable[[
     links = recipe.guide.alignments
     if recipe.guide.weight and links and links != "-" and not Path(links).exists():
         raise DataError(f"guide.alignments: {links}: there is no such file.")
-    if recipe.train.tensorboard and find_spec("tensorboard") is None:
-        raise UsageError("train.tensorboard: needs pip install 'encdec-cli[tensorboard]'; or set it to false.")
-    _check_processes(recipe, ranks, say)
-    if recipe.risk.metric and not starts and not any((run / "checkpoints").glob("step_*")):
-        say("note: risk.metric: the outputs of a model that has learned nothing are noise; begin with --init-from")
-    for key, why in _idle(recipe):
-        say(f"note: {key} does nothing {why}")
-    train = recipe.train
-    if train.warmup > train.steps:
-        say(f"note: train.warmup: {train.warmup} of {train.steps} updates, so train.rate is never reached")
 
 
 def _check_metrics(recipe: Recipe) -> None:

@@ -114,6 +114,13 @@ class History:
             return []
         return [f"the loss rises: {sum(late) / count:.3f} over {count} lines, {sum(before) / count:.3f} before"]
 
+    def _disk(self) -> list[str]:
+        free = shutil.disk_usage(self.run).free
+        if self.saved is None or self.state == "finished" or free >= 3 * self.saved.bytes:
+            return []
+        left, size = (f"{count / (1 << 20):.3g} MiB" for count in (free, self.saved.bytes))
+        return [f"{left} of disk left, a checkpoint takes {size}"]
+
     def alarms(self, now: float) -> list[str]:
         """Return what somebody should look at, in sentences without a full stop."""
         found = [
@@ -124,13 +131,9 @@ class History:
         usual = max((b - a for a, b in pairwise(times)), default=0.0)
         if self.alive and self.written and now - self.written > max(_QUIET, 5 * usual):
             found.append(f"no line in the log for {now - self.written:.0f} s, at most {usual:.0f} s were usual")
-        free = shutil.disk_usage(self.run).free
-        if self.saved and self.state != "finished" and free < 3 * self.saved.bytes:
-            size = f"{self.saved.bytes / (1 << 20):.3g} MiB"
-            found.append(f"{free / (1 << 20):.3g} MiB of disk left, a checkpoint takes {size}")
+        found += self._disk()
         if self.damaged:
-            listed = ", ".join(map(str, self.damaged[:5]))
-            found.append(f"the log is damaged: {len(self.damaged)} lines are none, the first of them {listed}")
+            found.append(f"the log is damaged: {len(self.damaged)} lines are none, the first is {self.damaged[0]}")
         if self.state == "dead":
             lost = self.step - (self.saved.progress["step"] if self.saved else 0)
             found.append(f"it died; `encdec train` repeats the last {lost} updates and goes on")
