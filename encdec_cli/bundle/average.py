@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from encdec_cli.bundle.bundle import Bundle
+from encdec_cli.bundle.bundle import Bundle, model_keys
 from encdec_cli.errors import BundleError
 
 
@@ -38,6 +38,5 @@ def average(paths: Sequence[Path], device: str = "cpu") -> Bundle:
 
 def _parts(bundle: Bundle) -> dict[str, Any]:
     """Return what models that are averaged must have in common, by name."""
-    keys = {f"model.{key}": value for key, value in bundle.recipe.model.plain().items() if "dropout" not in key}
     sides = (("source", bundle.source), ("target", bundle.target))
-    return keys | {f"{side} vocabulary": tokenizer.vocabulary.sha256 for side, tokenizer in sides}
+    return model_keys(bundle.recipe) | {f"{side} vocabulary": tokenizer.vocabulary.sha256 for side, tokenizer in sides}

@@ -33,6 +33,11 @@ def build_model(recipe: Recipe, source_vocab: int, target_vocab: int) -> Model:
     return model
 
 
+def model_keys(recipe: Recipe) -> dict[str, Any]:
+    """Return the keys of a recipe's model that decide what its weights mean: all but those of dropout."""
+    return {f"model.{key}": value for key, value in recipe.model.plain().items() if "dropout" not in key}
+
+
 @dataclass
 class Bundle:
     """A model with the text side it was trained with."""

@@ -243,9 +243,8 @@ def _newest(folder: Path) -> tuple[Saved | None, dict[str, Any]]:
             content = atomic.read_json(path / "progress.json")
             size = sum(file.stat().st_size for file in path.iterdir())
             progress, facts = content["progress"], content["facts"]
-            if not all(isinstance(progress[key], kind) for key, kind in _PROGRESS.items()):
-                continue
-            if isinstance(facts["recipe"], dict):
+            known = all(isinstance(progress[key], kind) for key, kind in _PROGRESS.items())
+            if known and isinstance(facts["recipe"], dict):
                 return Saved(progress, path.stat().st_mtime, size), facts
         except (BundleError, OSError, KeyError, TypeError):
             continue  # damaged, of another version, or deleted while it was read

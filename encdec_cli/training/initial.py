@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from encdec_cli.bundle.bundle import Bundle, build_model
+from encdec_cli.bundle.bundle import Bundle, build_model, model_keys
 from encdec_cli.bundle.tensors import load_weights
 from encdec_cli.errors import BundleError, UsageError
 from encdec_cli.models.model import Model
@@ -27,15 +27,14 @@ def check_fits(recipe: Recipe, bundle: Bundle) -> None:
 
     Weights of the same sizes may mean something else, by another activation or number of heads, say.
     """
-    ours, theirs = recipe.model.plain(), bundle.recipe.model.plain()
-    if ours["name"] != theirs["name"]:
+    ours, theirs = model_keys(recipe), model_keys(bundle.recipe)
+    if ours["model.name"] != theirs["model.name"]:
         return  # a plugin may change what does not change the weights
-    free = {key for key in ours if "dropout" in key}
-    if "learned" not in (ours.get("positions"), theirs.get("positions")):
-        free.add("max_positions")
-    other = [key for key in sorted(ours.keys() | theirs.keys()) if key not in free and ours.get(key) != theirs.get(key)]
+    other = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    if "learned" not in (ours.get("model.positions"), theirs.get("model.positions")):
+        other.discard("model.max_positions")
     if other:
-        listed = ", ".join(f"model.{key} is {ours.get(key)!r}, was {theirs.get(key)!r}" for key in other)
+        listed = ", ".join(f"{key} is {ours.get(key)!r}, was {theirs.get(key)!r}" for key in sorted(other))
         raise BundleError(
             f"--init-from: the model is another: {listed}; give the recipe the values that it was trained with."
         )

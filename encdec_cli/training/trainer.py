@@ -158,7 +158,7 @@ class Trainer:
         while not progress.finished:
             if self._due(self.train.validate_every) and progress.validated < progress.step:
                 self._validate()
-            stop = self.ranks.total(f"update {progress.step}", bool(self.setting.stop)) > 0
+            stop = self.ranks.total(f"update {progress.step}", bool(self.setting.stop.signal)) > 0
             over = not stop and self._is_over()
             if over:
                 self._finish()
